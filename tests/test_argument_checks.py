@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ from stableopt import (
     FlightRecorder,
     StabilityController,
     StabilityLR,
+    StabilityMargins,
     StabilityMonitor,
+    StabilityRegion,
     TargetRegion,
     UpdateRule,
     critical_sharpness,
+    measure,
     suggest,
 )
 from stableopt._support.arguments import instance, non_negative, require_keys
+from stableopt.recorder import AlarmRules
+from stableopt.stability import QuantityResult
 
 FLAT = TargetRegion(sharpness=(0, 4.0))
 
@@ -34,6 +40,54 @@ def test_an_instance_is_returned_and_anything_else_is_named() -> None:
     assert instance("flag", True, int) is True
     with pytest.raises(TypeError, match=r"lr=0\.1: expected a str"):
         instance("lr", 0.1, str)
+
+
+def test_a_message_shows_no_data() -> None:
+    """Catches a model or a data set printed before the words that say what is wrong."""
+    model, loss_fn = nn.Linear(2, 1), nn.MSELoss()
+    data = torch.rand(100, 2), torch.zeros(100, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    muon = torch.optim.AdamW(model.parameters())
+    for call, error, says in (
+        (lambda: StabilityMonitor(optimizer, model, data, loss_fn), TypeError, "<tuple>: expected"),
+        (lambda: suggest(model, loss_fn, data, optimizer=[optimizer, muon]), TypeError, "<list>"),
+        (lambda: measure(model, loss_fn, {"x": data[0]}), TypeError, "data is a dict: expected"),
+        (lambda: measure(model, loss_fn, [{"x": data[0]}]), TypeError, "got a dict; for diction"),
+        (
+            lambda: measure(model, loss_fn, tuple(part.numpy() for part in data)),
+            TypeError,
+            "got a ndarray; convert arrays with torch.as_tensor",
+        ),
+        (lambda: StabilityRegion(0.3, 16), TypeError, "rule=0.3: expected a UpdateRule"),
+        (lambda: StabilityMargins()["edge_ratio"], KeyError, "expected margins.edge_ratio, or"),
+        (
+            lambda: AlarmRules(loss_factor=0.5),
+            ValueError,
+            "loss_factor=0.5: expected a factor above",
+        ),
+    ):
+        with pytest.raises(error, match=re.escape(says)) as raised:
+            call()
+        assert len(str(raised.value)) < 600
+
+
+def test_what_users_print_says_what_it_is(tmp_path: Path) -> None:
+    """Catches an address in memory, and a page of nested dataclasses."""
+    tracked = Tracked(tmp_path)
+    monitor, margins = tracked.monitor, tracked.monitor.measure()
+    assert repr(monitor.problem) == "<Problem of Linear: 3 parameters, 4 samples>"
+    assert repr(monitor) == f"<StabilityMonitor of SGD: step 0, {monitor.problem!r}>"
+    monitor.close()
+    assert "closed, step 0" in repr(monitor)
+    assert str(margins).splitlines()[1:] == [
+        "quantity   value  limit  ratio",
+        "sharpness      6     20    0.3",
+    ]
+    failed = StabilityMargins(step=1_000, failure="not finite: the loss is nan")
+    assert str(failed) == "step 1,000\nnot finite: the loss is nan"
+    results = {"non_uniformity": QuantityResult(failure="no memory")}
+    text = str(StabilityMargins(step=2, loss=0.5, batch_size=4, results=results))
+    assert text == "step 2, loss 0.5, batch size 4\nnon-uniformity was not measured: no memory"
 
 
 def test_missing_keys_are_named_and_others_allowed() -> None:

@@ -46,6 +46,34 @@ def test_closed_forms_in_one_dimension() -> None:
     assert all(row.exact for row in found.rows)
 
 
+def test_parameters_without_gradient_are_named() -> None:
+    """Catches a bound 70 times too low, without a word, before a last layer of zeros."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 4)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    nn.init.zeros_(model[2].weight)
+    data = x, torch.tanh(x[:, :2])
+    found = stableopt.suggest(model, MSE, data, batch_sizes=(4,))
+    assert any("0.weight, 0.bias have no gradient here" in note for note in found.notes)
+    nn.init.normal_(model[2].weight)
+    found = stableopt.suggest(model, MSE, data, batch_sizes=(4,))
+    assert not any("have no gradient" in note for note in found.notes)
+
+
+def test_a_rate_of_zero_hides_only_its_own_step() -> None:
+    """Catches SGD's rate of one step lost because that of the running optimizer is 0."""
+    model, data = small_network(), small_data()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    MSE(model(data[0]), data[1]).backward()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    found = stableopt.suggest(model, MSE, data, batch_sizes=(2,), optimizer=optimizer)
+    assert list(found.one_step) == ["SGD"]
+    assert any("of AdamW: optimizer: its learning rate is 0 now" in note for note in found.notes)
+    with pytest.raises(ValueError, match="its learning rate is 0 now"):
+        stableopt.suggest(model, MSE, data, curvature=False, optimizer=optimizer)
+
+
 def _with_loss(
     model: nn.Module, data: tuple[Tensor, Tensor]
 ) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
@@ -331,7 +359,7 @@ def test_where_no_step_can_be_taken_the_other_answers_stand() -> None:
     nn.init.zeros_(model.weight)
     found = stableopt.suggest(model, MSE, data, batch_sizes=(1,))
     assert found.one_step == {}
-    assert any(note.startswith("no rate of one step:") for note in found.notes)
+    assert any(note.startswith("no rate of one step of SGD:") for note in found.notes)
     assert found.answer("SGD", 1).exact
     with pytest.raises(ValueError, match="zero"):
         stableopt.suggest(model, MSE, data, curvature=False)

@@ -7,9 +7,12 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["finite_size", "instance", "non_negative", "positive", "require_keys", "whole"]
+__all__ = ["finite_size", "instance", "non_negative", "positive", "require_keys", "shown", "whole"]
 
 T = TypeVar("T")
+
+_LONGEST = 100
+"""Length of an argument that a message shows."""
 
 
 def whole(name: str, value: Any, *, least: int = 1) -> int:
@@ -81,6 +84,16 @@ def _number(value: Any) -> float:
         return math.nan
 
 
+def shown(value: Any) -> str:
+    """Return ``repr(value)`` for a message, or only its type if that is long: models, tensors, data.
+
+    >>> shown("mse"), shown(list(range(100)))
+    ("'mse'", '<list>')
+    """
+    text = repr(value)
+    return text if len(text) <= _LONGEST and "\n" not in text else f"<{type(value).__name__}>"
+
+
 def instance(name: str, value: Any, kind: type[T]) -> T:
     """Return ``value`` if it is an instance of ``kind``, else raise a ``TypeError``.
 
@@ -88,7 +101,7 @@ def instance(name: str, value: Any, kind: type[T]) -> T:
     0.5
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{name}={value!r}: expected a {kind.__name__}")
+        raise TypeError(f"{name}={shown(value)}: expected a {kind.__name__}")
     return value
 
 

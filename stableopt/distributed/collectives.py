@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stableopt._support.arguments import shown
+
 __all__ = ["LostRankError", "Ranks", "world"]
 
 T = TypeVar("T")
@@ -72,7 +74,7 @@ class Ranks:
             raise ValueError("process_group: this process is not one of its members")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
-                f"process_group={group!r}: expected a torch.distributed process group, such as"
+                f"process_group={shown(group)}: expected a torch.distributed process group, such as"
                 " torch.distributed.group.WORLD after init_process_group()"
             )
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from stableopt._support.arguments import shown
 from stableopt.curvature import Problem
 from stableopt.monitor.measurer import needs_second_derivatives
 from stableopt.monitor.monitor import StabilityMonitor
@@ -56,7 +57,9 @@ class Tracked:
         if data is None:
             raise TypeError("data=None: expected the probe set, such as a batch or a DataLoader")
         if batch_loss is not None and not callable(batch_loss):
-            raise TypeError(f"batch_loss={batch_loss!r}: expected a function of model and batch")
+            raise TypeError(
+                f"batch_loss={shown(batch_loss)}: expected a function of model and batch"
+            )
         self._data, self._batch_loss, self._prefix = data, batch_loss, prefix
         self._sinks = check_sinks(sinks)
         # An iterator can be read only once, and each training reads the options.
@@ -65,7 +68,7 @@ class Tracked:
             for name, value in options.items()
         }
         if not isinstance(recorder, (str, os.PathLike, type(None))):
-            raise TypeError(f"recorder={recorder!r}: expected the folder of its reports")
+            raise TypeError(f"recorder={shown(recorder)}: expected the folder of its reports")
         self._report_folder = recorder
         self.monitor: StabilityMonitor | None = None
         self.recorder: FlightRecorder | None = None

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from stableopt._support.arguments import shown
 from stableopt.integrations._callback import Tracked
 from stableopt.monitor.monitor import StabilityMonitor
 
@@ -102,7 +103,7 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         rules give an alarm.
         """
         if not hasattr(trainer, "callback_handler"):
-            raise TypeError(f"trainer={trainer!r}: expected a transformers.Trainer")
+            raise TypeError(f"trainer={shown(trainer)}: expected a transformers.Trainer")
         callbacks = trainer.callback_handler.callbacks
         others = [c for c in callbacks if isinstance(c, StabilityCallback) and c is not self]
         if any(other._file == self._file for other in others):

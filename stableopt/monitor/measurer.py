@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt._support.arguments import finite_size, positive, whole
+from stableopt._support.arguments import finite_size, positive, shown, whole
 from stableopt._support.warn_once import WarnOnce
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.problem import Problem
@@ -128,7 +128,7 @@ class Measurer:
             rule = rule(list(self._optimizers) if several else self._optimizers[0])
         if not isinstance(rule, UpdateRule):
             raise TypeError(
-                f"update_rule={self._update_rule!r}: expected an UpdateRule, or a function of the"
+                f"update_rule={shown(self._update_rule)}: expected an UpdateRule, or a function of the"
                 " optimizer that returns one"
             )
         return rule
@@ -300,6 +300,15 @@ class Measurer:
                 "limits are for an infinite data set; pass dataset_size= or batch_size=",
             )
             return None
+        measures_noise = "non_uniformity" in self.quantities or any(
+            "batch_size" in QUANTITIES[name].needs for name in self.quantities
+        )
+        is_observed = self._probe_is_dataset and self._batch_size is None
+        if measures_noise and is_observed and batch_size == size:
+            self._warn(
+                f"steps have as many samples as the probe, {size}, and count as full batches",
+                "full batches have no noise; if the training set is larger, pass dataset_size=",
+            )
         return size
 
 

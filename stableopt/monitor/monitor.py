@@ -24,7 +24,6 @@ from stableopt._support.torch_internals import eager
 from stableopt._support.warn_once import WarnOnce
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
-from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.measurer import Measurer, needs_second_derivatives
 from stableopt.monitor.observed_step import observe_steps
 from stableopt.monitor.sample_counter import SampleCounter
@@ -191,7 +190,6 @@ class StabilityMonitor:
         self.quantities = self._measurer.quantities
         self.step = 0
         self.history: deque[StabilityMargins] = deque(maxlen=_HISTORY)
-        self._joint_step = JointStep(self.optimizers)
         self._step_start: TakenStep | None = None
         # The schedule's clock starts here.
         self._schedule = Schedule(every, max_overhead, self._measurer.expected_seconds)
@@ -200,12 +198,10 @@ class StabilityMonitor:
             # First of all hooks: torch.jit modules refuse it, and then no other hook remains.
             module = model if isinstance(model, nn.Module) else problem.model
             self._handles.append(module.register_forward_pre_hook(self._counter, with_kwargs=True))
-        needs_start = self._measurer.needs_steps or len(self.optimizers) > 1
-        before = self._before_step if needs_start else None
+        before = self._before_step if self._measurer.needs_steps else None
         at_ascent = self._warn.guarded("the gradient before SAM's ascent was not read", note_ascent)
         try:
-            for each in self.optimizers:
-                self._handles += observe_steps(each, before, self._after_step, at_ascent)
+            self._handles += observe_steps(self.optimizers, before, self._after_step, at_ascent)
             if batch_size is None:
                 self._counter.calibrate(problem)
         except Exception:
@@ -321,18 +317,14 @@ class StabilityMonitor:
 
     @eager
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if nested(optimizer) or not self._joint_step.begins(optimizer):
-            return
         self._step_start = None  # drops that of a step that raised or remained incomplete
         ranks = self.problem.ranks
-        if self._measurer.needs_steps and self._schedule.may_measure(self.step + 1, ranks):
+        if self._schedule.may_measure(self.step + 1, ranks):
             cache = self._measurer.step_end_cache if self._schedule.each_step else None
             self._step_start = TakenStep.begin(self._measurer.problem.params, cache)
 
     @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if nested(optimizer) or not self._joint_step.ends(optimizer):
-            return
         self._counter.end_step()
         self.step += 1
         taken_step, self._step_start = self._step_start, None
@@ -363,6 +355,13 @@ class StabilityMonitor:
         self._handles = []
         self._measurer.step_end_cache.end = None
         flush(self.sinks, self._warn)
+
+    def __repr__(self) -> str:
+        state = "closed, " if self.closed else ""
+        names = [type(optimizer).__name__ for optimizer in self.optimizers]
+        return (
+            f"<StabilityMonitor of {', '.join(names)}: {state}step {self.step:,}, {self.problem!r}>"
+        )
 
     def __enter__(self) -> StabilityMonitor:
         return self

@@ -1,16 +1,17 @@
-"""`observe_steps`: calls functions before and after each step of an optimizer."""
+"""`observe_steps`: calls functions before and after each step of one optimizer or several."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 
+from stableopt._support.arguments import shown
 from stableopt._support.torch_internals import eager
-from stableopt.monitor.joint_step import running_steps
+from stableopt.monitor.joint_step import JointStep, nested, running_steps
 
 __all__ = ["observe_steps"]
 
@@ -185,19 +186,20 @@ def _identity(value: Any) -> Any:
 
 
 def observe_steps(
-    optimizer: Any,
+    optimizers: Sequence[Any],
     before: Hook | None,
     after: Hook,
     at_first_part: Callable[[Any], object] | None = None,
 ) -> list[Any]:
     """Call ``before`` and ``after`` around each step; return handles with ``remove()``.
 
-    If the optimizer has torch's step hooks, these are used; else ``step`` is wrapped on the instance.
-    A hook or a sink may call this, and ``remove()``: what it changes takes effect after the step. A
-    step in parts, such as SAM's ``first_step`` and ``second_step``, is observed as one step.
+    A step of several optimizers is a :class:`JointStep`. A ``step`` that calls that of its parent class
+    is one step, and so is a step in parts, such as SAM's ``first_step`` and ``second_step``. If an
+    optimizer has torch's step hooks, these are used; else ``step`` is wrapped on the instance. A hook or
+    a sink may call this, and ``remove()``: what it changes takes effect after the step.
 
     Args:
-        optimizer: any object with ``param_groups`` and ``step``.
+        optimizers: any objects with ``param_groups`` and ``step``.
         before: called like torch's pre-hooks, with optimizer, arguments and keyword arguments; it may
             return replaced arguments and keyword arguments.
         after: called like torch's post-hooks.
@@ -213,7 +215,7 @@ def observe_steps(
     ...     def step(self):
     ...         self.optimizer.step()
     >>> wrapper = Wrapper(torch.optim.SGD([torch.zeros(1)]))
-    >>> handles = observe_steps(wrapper, None, lambda *_: print("stepped"))
+    >>> handles = observe_steps([wrapper], None, lambda *_: print("stepped"))
     >>> wrapper.step()
     stepped
     >>> for handle in handles:
@@ -221,6 +223,38 @@ def observe_steps(
     >>> list(vars(wrapper))
     ['optimizer', 'param_groups']
     """
+    joint = JointStep(optimizers)
+
+    @eager
+    def first(optimizer: Any, args: Any, kwargs: Any) -> Any:
+        if nested(optimizer) or not joint.begins(optimizer) or before is None:
+            return None
+        return before(optimizer, args, kwargs)
+
+    @eager
+    def last(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not nested(optimizer) and joint.ends(optimizer):
+            after(optimizer, args, kwargs)
+
+    needs_first = before is not None or len(optimizers) > 1
+    handles: list[Any] = []
+    try:
+        for optimizer in optimizers:
+            handles += _observed(optimizer, first if needs_first else None, last, at_first_part)
+    except Exception:
+        for handle in handles:
+            handle.remove()
+        raise
+    return handles
+
+
+def _observed(
+    optimizer: Any,
+    before: Hook | None,
+    after: Hook,
+    at_first_part: Callable[[Any], object] | None,
+) -> list[Any]:
+    """Observe one optimizer, and each call of a ``step`` that calls that of its parent class."""
     if _has_hooks(optimizer):
         handles: list[Any] = []
         if before is not None:
@@ -232,7 +266,7 @@ def observe_steps(
             handles.append(ObservedStepPart(optimizer, names[-1], None, after))
         return handles
     if not callable(getattr(optimizer, "step", None)):
-        raise TypeError(f"optimizer={optimizer!r}: expected an optimizer with a method step")
+        raise TypeError(f"optimizer={shown(optimizer)}: expected an optimizer with a method step")
     try:
         return [ObservedMethod(optimizer, "step", before, after)]
     except (AttributeError, TypeError) as error:

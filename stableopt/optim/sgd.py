@@ -98,7 +98,8 @@ class GD(SGD):
 
         Raises:
             TypeError: for data that can be read only once.
-            ValueError: for empty data, a loss that is not a scalar, and a loss that sums over samples.
+            ValueError: for empty data, a loss that is not a scalar, a loss that sums over samples, and a
+                model whose parameters are not the optimizer's.
         """
         batches = Batches(data, chunk_size=chunk_size)
         weigher = ChunkWeights(model, loss_fn, batches, sample_weight)
@@ -120,6 +121,11 @@ class GD(SGD):
                 torch.autograd.backward(weighted, inputs=trainable)
                 losses.append(weighted.detach())
                 total += weight
+        if total and all(p.grad is None for p in trainable):
+            raise ValueError(
+                "model: its loss gives none of the optimizer's parameters a gradient: expected the model"
+                " that they belong to"
+            )
         if not total:
             raise ValueError(f"data: all {batches.num_samples} samples have weight zero")
         if total != first:

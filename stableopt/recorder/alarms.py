@@ -66,7 +66,7 @@ class AlarmRules:
             errors.
 
     Raises:
-        ValueError: for numbers that are not positive.
+        ValueError: for numbers that are not positive, and a ``loss_factor`` of at most 1.
     """
 
     loss_score: float = 8.0
@@ -78,6 +78,8 @@ class AlarmRules:
     def __post_init__(self) -> None:
         for name in ("loss_score", "loss_rise", "loss_factor", "ratio"):
             positive(name, getattr(self, name))
+        if not self.loss_factor > 1:
+            raise ValueError(f"loss_factor={self.loss_factor}: expected a factor above 1")
         whole("patience", self.patience)
 
     def alarm(self, evidence: Evidence) -> Alarm | None:

@@ -16,7 +16,6 @@ from stableopt._support.arguments import instance, require_keys, whole
 from stableopt._support.torch_internals import eager
 from stableopt._support.warn_once import WarnOnce
 from stableopt.monitor.closing import open_monitor, warn_of_closed
-from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.monitor.observed_step import observe_steps
 from stableopt.recorder.alarms import Alarm, AlarmRules
@@ -120,13 +119,11 @@ class FlightRecorder:
         self._is_writer = monitor.problem.ranks.rank == 0
         self._warn = WarnOnce(active=self._is_writer)
         self.reports: list[Path] = []
-        self._joint = JointStep(monitor.optimizers)
         self._handles: list[Any] = []
         try:
-            for optimizer in monitor.optimizers:
-                self._handles += observe_steps(
-                    optimizer, self._before_step, self._after_step, self._at_ascent
-                )
+            self._handles += observe_steps(
+                monitor.optimizers, self._before_step, self._after_step, self._at_ascent
+            )
         except Exception:
             self.close()
             raise
@@ -238,7 +235,7 @@ class FlightRecorder:
 
     @eager
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        if nested(optimizer) or self._stops() or not self._joint.begins(optimizer):
+        if self._stops():
             return None
         self._guarded(lambda: self._pending.begin(optimizer))
         # args[0] is the optimizer; a closure may be any later argument.
@@ -280,7 +277,7 @@ class FlightRecorder:
 
     @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if nested(optimizer) or self._stopped or not self._joint.ends(optimizer):
+        if self._stopped:
             return
         self._guarded(self._pending.end)
         if len(self._pending) >= self._check_every:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from stableopt._support.arguments import shown
 from stableopt._support.warn_once import WarnOnce
 from stableopt.sinks.events import Decided, Event
 
@@ -33,7 +34,7 @@ def check_sinks(sinks: Any) -> list[Sink]:
     if callable(sinks) or isinstance(sinks, EventSink):
         sinks = [sinks]
     if isinstance(sinks, str) or not isinstance(sinks, Iterable):
-        raise TypeError(f"sinks={sinks!r}: expected a list of callables (step, record)")
+        raise TypeError(f"sinks={shown(sinks)}: expected a list of callables (step, record)")
     listed = list(sinks)
     for sink in listed:
         if isinstance(sink, type) or not (callable(sink) or isinstance(sink, EventSink)):

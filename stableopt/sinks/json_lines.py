@@ -30,6 +30,9 @@ class JSONLinesSink:
     Args:
         path: the file; its folder is created with the first record.
 
+    Raises:
+        ValueError: if the path is that of a folder.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     sink = JSONLinesSink(Path(folder) / "run" / "margins.jsonl")
@@ -40,6 +43,8 @@ class JSONLinesSink:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise ValueError(f"path={str(path)!r}: expected a file, and it is a folder")
         self._has_written = False
 
     def receive(self, event: Event) -> None:

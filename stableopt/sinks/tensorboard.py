@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stableopt import plot
+from stableopt._support.arguments import shown
 from stableopt.curvature import SpectralDensity
 from stableopt.plot.canvas import require_matplotlib
 from stableopt.sinks.diagrams import Diagrams, LayerMaps
@@ -128,7 +129,7 @@ class TensorBoardSink:
         self._owns_writer = isinstance(writer_or_dir, (str, os.PathLike))
         if not self._owns_writer and not hasattr(writer_or_dir, "add_custom_scalars"):
             raise TypeError(
-                f"writer_or_dir={writer_or_dir!r}: expected a directory or a SummaryWriter"
+                f"writer_or_dir={shown(writer_or_dir)}: expected a directory or a SummaryWriter"
             )
         self.writer: Any = _new_writer(writer_or_dir) if self._owns_writer else writer_or_dir
         self._announce = announce

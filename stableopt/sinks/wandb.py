@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+from stableopt._support.arguments import shown
+
 __all__ = ["WandbSink"]
 
 
@@ -53,7 +55,7 @@ class WandbSink:
 
     def __init__(self, run: Any = None) -> None:
         if run is not None and not callable(getattr(run, "define_metric", None)):
-            raise TypeError(f"run={run!r}: expected what wandb.init() returned, or None")
+            raise TypeError(f"run={shown(run)}: expected what wandb.init() returned, or None")
         self._run, self._has_metrics = run, False
 
     def __call__(self, step: int, record: Mapping[str, float]) -> None:

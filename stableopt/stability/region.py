@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stableopt._support.arguments import instance
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["StabilityRegion"]
@@ -47,6 +48,7 @@ class StabilityRegion:
     dataset_size: float | None = None
 
     def __post_init__(self) -> None:
+        instance("rule", self.rule, UpdateRule)
         self.rule.max_non_uniformity(self.batch_size, self.dataset_size)  # raises if B > n
 
     @property

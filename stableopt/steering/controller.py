@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stableopt._support.arguments import instance, positive, require_keys, whole
+from stableopt._support.arguments import instance, positive, require_keys, shown, whole
 from stableopt.distributed.collectives import world
 from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
@@ -122,7 +122,7 @@ class StabilityController:
         instance("target", target, TargetRegion)
         if batch is not None and not hasattr(batch, "resize"):
             raise TypeError(
-                f"batch={batch!r}: expected an AdaptiveBatchSampler or an AdaptiveAccumulation"
+                f"batch={shown(batch)}: expected an AdaptiveBatchSampler or an AdaptiveAccumulation"
             )
         self.monitor, self.batch, self.dry_run = monitor, batch, dry_run
         self._settle, self._patience = whole("settle", settle), whole("patience", patience)
@@ -350,7 +350,7 @@ def _scheduler(
     if isinstance(lr, bool):
         return None
     raise TypeError(
-        f"lr={lr!r}: expected a bool, a mapping of options of StabilityLR, or a StabilityLR"
+        f"lr={shown(lr)}: expected a bool, a mapping of options of StabilityLR, or a StabilityLR"
     )
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
-from stableopt._support.arguments import require_keys, whole
+from stableopt._support.arguments import require_keys, shown, whole
 from stableopt._support.deprecation import renamed_keywords
 from stableopt.curvature.problem.data.batches import sample_count, tensors_in
 from stableopt.curvature.problem.weights.weights import GivenWeights
@@ -226,7 +226,9 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
             TypeError: for a sampler without a length, which may be endless.
         """
         if not isinstance(self.sampler, Sized):
-            raise TypeError(f"sampler={self.sampler!r}: expected a sampler with a length (__len__)")
+            raise TypeError(
+                f"sampler={shown(self.sampler)}: expected a sampler with a length (__len__)"
+            )
         epoch = self._epoch
         requested = epoch.taken + len(epoch.yielded)
         used = requested if batches is None else whole("batches", batches, least=0)

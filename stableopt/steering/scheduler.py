@@ -384,6 +384,9 @@ def _check(
             f"target {target} does not bound the sharpness, which the learning rate selects; for the"
             " non-uniformity, which the batch size selects, use StabilityController"
         )
+    rule = monitor.update_rule
+    if not (rule.has_limit or rule.awaits_step):
+        raise ValueError(f"optimizer: its limit, and so a rate, is not known: {rule.unknown}")
     if "sharpness" not in monitor.quantities:
         raise ValueError(
             f"monitor: it measures {monitor.quantities}, and steering needs the sharpness"

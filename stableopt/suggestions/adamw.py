@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,15 @@ from stableopt.stability.rules.coordinates import check_params, in_rule_coordina
 from stableopt.stability.rules.limits import LinearStep, noise_factor
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["BETA", "expected_scales", "gradient_stride", "running_adam"]
+__all__ = [
+    "BETA",
+    "Moments",
+    "expected_scales",
+    "gradient_moments",
+    "gradient_stride",
+    "running_adam",
+    "without_gradient",
+]
 
 BETA = 0.9
 """AdamW's default beta1, used if no optimizer is given."""
@@ -49,17 +57,27 @@ def running_adam(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[Pr
 
 
 def expected_scales(
-    problem: Problem, batch_sizes: Iterable[int], dataset_size: int | None
+    problem: Problem, moments: Moments, batch_sizes: Iterable[int], dataset_size: int | None
 ) -> Iterator[list[Tensor]]:
     r"""Yield the root of AdamW's preconditioner for each batch size, a tensor per parameter.
 
     Batches of B here have the second moments :math:`v = \bar g^2 + p \operatorname{Var}(g_i)`, with p
     of :func:`~stableopt.stability.rules.limits.noise_factor`.
     """
-    mean, variance = _gradient_moments(problem)
     for batch_size in batch_sizes:
-        second = mean**2 + noise_factor(batch_size, dataset_size) * variance
+        second = moments.mean**2 + noise_factor(batch_size, dataset_size) * moments.variance
         yield [1 / (part.sqrt() + _EPSILON).sqrt() for part in problem.unflatten(second)]
+
+
+def without_gradient(problem: Problem, moments: Moments) -> list[str]:
+    """Return the names of the parameters whose gradient is zero for all samples."""
+    parts = zip(
+        problem.names,
+        problem.unflatten(moments.mean),
+        problem.unflatten(moments.variance),
+        strict=True,
+    )
+    return [name for name, mean, variance in parts if not (mean.any() or variance.any())]
 
 
 def gradient_stride(problem: Problem) -> int:
@@ -67,7 +85,14 @@ def gradient_stride(problem: Problem) -> int:
     return max(1, problem.own_samples // _SAMPLES)
 
 
-def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
+class Moments(NamedTuple):
+    """The elementwise mean and variance ``(d,)`` of the gradient over samples."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def gradient_moments(problem: Problem) -> Moments:
     """Return the elementwise mean and variance of the gradient over samples.
 
     The variance is that of samples at equal distances in the data, which may be sorted by class.
@@ -88,4 +113,4 @@ def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
         slopes = torch.autograd.grad(problem.loss(theta, sample), theta, allow_unused=True)
         squares.add_((problem.flatten(slopes) - mean) ** 2)
 
-    return mean, mean_over_chunks(problem, [squares], add, samples())[0]
+    return Moments(mean, mean_over_chunks(problem, [squares], add, samples())[0])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stableopt._support.deprecation import warn_renamed
+from stableopt._support.text_table import aligned
 
 __all__ = ["Suggestion", "Suggestions"]
 
@@ -83,16 +84,11 @@ class Suggestions:
         if self.one_step:
             rates = [self.one_step.get(name) for name in names]
             lines.append(["one step", *("–" if lr is None else f"{lr:.3g}" for lr in rates)])
-        widths = [max(len(line[k]) for line in lines) for k in range(len(names) + 1)]
-        table = [
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            for line in lines
-        ]
         head = f"Largest linearly stable learning rate, from {self.num_samples} samples"
         cost = f"found in {self.seconds:.1f} s"
         if self.sharpness is not None:
             cost = f"sharpness {self.sharpness:.4g} ({self.method}); {cost}"
-        return "\n".join([head, *table, cost, *self.notes])
+        return "\n".join([head, *aligned(lines, flush_left=False), cost, *self.notes])
 
 
 def _cell(row: Suggestion) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt._support.arguments import finite_size, whole
+from stableopt._support.arguments import finite_size, shown, whole
 from stableopt.curvature import NonFiniteError, Problem
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
@@ -33,7 +33,14 @@ from stableopt.stability.mean_square.critical_lr import MAX_ROWS
 from stableopt.stability.rules.coordinates import problem_of
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.rules.reader_registry import base_optimizer
-from stableopt.suggestions.adamw import BETA, expected_scales, gradient_stride, running_adam
+from stableopt.suggestions.adamw import (
+    BETA,
+    expected_scales,
+    gradient_moments,
+    gradient_stride,
+    running_adam,
+    without_gradient,
+)
 from stableopt.suggestions.result import Suggestion, Suggestions
 from stableopt.suggestions.search import Search
 
@@ -94,7 +101,7 @@ def suggest(
         options["second_derivatives"] = False
     is_instance = hasattr(optimizer, "param_groups") and not isinstance(optimizer, type)
     if optimizer is not None and not is_instance:
-        raise TypeError(f"optimizer={optimizer!r}: expected one optimizer")
+        raise TypeError(f"optimizer={shown(optimizer)}: expected one optimizer")
     mean_loss = problem_of(model, loss_fn, data, **options)
     if optimizer is not None and mean_loss.all_trainable:
         # The optimizer may also update parameters outside the model, such as those of the loss.
@@ -108,11 +115,7 @@ def suggest(
     size = finite_size(dataset_size, n, least=n)
     sizes = _sizes(batch_sizes, size)
     search = Search(problem, size, whole("max_rows", max_rows), seed)
-    try:
-        one_step = _one_step_rates(problem, optimizer)
-    except (ValueError, TypeError, NonFiniteError) as error:
-        one_step = {}
-        search.note(f"no rate of one step: {error}")
+    one_step = _one_step_rates(problem, optimizer, note=search.note)
     plain = search.curvature_at(problem)
     rows: list[Suggestion] = []
     for name, step in ((_SGD, LinearStep(1.0)), (_MOMENTUM, LinearStep(1.0, momentum=0.9))):
@@ -139,21 +142,44 @@ def _adam(search: Search, sizes: Sequence[int]) -> list[Suggestion]:
     if (stride := gradient_stride(search.problem)) > 1:
         search.note(f"the gradient's variance is that of one sample in {stride}")
     step = LinearStep(1.0, momentum=BETA, dampening=BETA)
-    scales = expected_scales(search.problem, sizes, search.dataset_size)
+    moments = gradient_moments(search.problem)
+    if still := without_gradient(search.problem, moments):
+        more = ", …" if len(still) > 3 else ""
+        search.note(
+            f"AdamW: {', '.join(still[:3])}{more} have no gradient here, as before a layer of zeros."
+            " AdamW takes its largest steps there, so its rates are far too low: ask after some steps"
+        )
+    scales = expected_scales(search.problem, moments, sizes, search.dataset_size)
     points = (search.curvature_at(search.problem.transformed(scale=scale)) for scale in scales)
     return [
         search.answer(_ADAMW, point, step, size) for point, size in zip(points, sizes, strict=True)
     ]
 
 
-def _one_step_rates(problem: MeanLoss, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
-    """Return the learning rates from which one step raises the loss, by optimizer."""
+def _one_step_rates(
+    problem: MeanLoss,
+    optimizer: torch.optim.Optimizer | None,
+    note: Callable[[str], object] | None = None,
+) -> dict[str, float]:
+    """Return the learning rates from which one step raises the loss, by optimizer.
+
+    With ``note``, it is called if one has none; without it the error is raised.
+    """
     optimizers: dict[str, torch.optim.Optimizer | None] = {_SGD: None}
     if optimizer is not None:
         name = _label(optimizer)
         optimizers[_RUNNING if name == _SGD else name] = optimizer
-    results = {name: critical_sharpness(problem, optimizer=o) for name, o in optimizers.items()}
-    return {name: r.lr if r.bracket[1] < math.inf else math.inf for name, r in results.items()}
+    rates: dict[str, float] = {}
+    for name, each in optimizers.items():
+        try:
+            result = critical_sharpness(problem, optimizer=each)
+        except (ValueError, TypeError, NonFiniteError) as error:
+            if note is None:
+                raise
+            note(f"no rate of one step of {name}: {error}")
+        else:
+            rates[name] = result.lr if result.bracket[1] < math.inf else math.inf
+    return rates
 
 
 def _label(optimizer: torch.optim.Optimizer) -> str:

@@ -111,6 +111,26 @@ def test_observed_batch_above_the_probe_set() -> None:
     assert monitor.history[0].non_uniformity_limit == limit(0.1, 4, math.inf)
 
 
+def test_a_batch_as_large_as_the_probe_counts_as_full() -> None:
+    """Catches a limit of the non-uniformity that is infinite without a word, at one batch size."""
+    quantities = ("sharpness", "non_uniformity")
+    for size, options, says in (
+        (12, {}, "steps have as many samples as the probe, 12, and count as full batches"),
+        (11, {}, None),
+        (12, {"dataset_size": 12}, None),
+        (12, {"batch_size": 12}, None),
+        (12, {"quantities": ("sharpness",)}, None),
+    ):
+        model, optimizer, monitor = start(**{"quantities": quantities, **options})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, optimizer, rows=slice(0, size))
+        messages = [str(each.message) for each in caught if "full batches" in str(each.message)]
+        assert len(messages) == (says is not None)
+        assert says is None or messages[0].startswith(says)
+        assert monitor.margins.batch_size == size
+
+
 def test_observed_batch_above_the_given_dataset_size() -> None:
     """Catches a batch larger than the given data set that passes without a warning."""
     model, optimizer, monitor = start(dataset_size=2)

@@ -46,6 +46,13 @@ class Rows(Dataset[Any]):
         return X[index], Y[index]
 
 
+def test_a_model_of_another_optimizer_is_refused() -> None:
+    """Catches a loss without gradients: the next step would do nothing."""
+    optimizer = stableopt.GD(linear().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="none of the optimizer's parameters a gradient"):
+        optimizer.full_gradient(linear(), nn.MSELoss(), (X, Y))
+
+
 FORMS: dict[str, Any] = {
     "pair": lambda: (X, Y),
     "dataset": Rows,

@@ -36,6 +36,12 @@ def test_numbers_come_back_exactly_in_order(tmp_path: Path) -> None:
     assert lines(sink.path) == [{"step": k, **record} for k, record in enumerate(records)]
 
 
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    """Catches an error that comes only with the first record, in the middle of training."""
+    with pytest.raises(ValueError, match="expected a file, and it is a folder"):
+        JSONLinesSink(tmp_path)
+
+
 def test_infinity_and_nan_are_null(tmp_path: Path) -> None:
     """Catches ``Infinity`` in the file, which only Python's parser reads."""
     sink = JSONLinesSink(tmp_path / "run.jsonl")

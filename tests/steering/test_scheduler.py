@@ -12,7 +12,7 @@ from steered_runs import FLAT, MSE, Run, X, Y, network
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LinearLR, SequentialLR
 
-from stableopt import StabilityLR, StabilityMonitor, TargetRegion
+from stableopt import StabilityController, StabilityLR, StabilityMonitor, TargetRegion
 from stableopt.steering.law_state import State
 from stableopt.steering.lr_laws import LRMeasured
 
@@ -79,6 +79,24 @@ def test_an_adaptive_optimizer_goes_by_its_preconditioned_sharpness() -> None:
     assert decision.measured == monitor.margins.preconditioned_sharpness
     assert decision.measured > 2 * monitor.margins.sharpness
     assert decision.limit == monitor.margins.preconditioned_sharpness_limit
+
+
+@pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
+def test_an_optimizer_without_a_limit_is_refused_at_once() -> None:
+    """Catches an error at the first measurement, in the middle of training."""
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.Rprop(model.parameters())
+    monitor = StabilityMonitor(
+        optimizer, model, nn.MSELoss(), (torch.ones(4, 3), torch.ones(4, 2)), every=1
+    )
+    for make in (
+        lambda: StabilityLR(optimizer, monitor, FLAT),
+        lambda: StabilityController(monitor, FLAT),
+    ):
+        with pytest.raises(
+            ValueError, match="optimizer: its limit, and so a rate, is not known: Rpro"
+        ):
+            make()
 
 
 def test_tensor_rates_are_changed_in_place() -> None:

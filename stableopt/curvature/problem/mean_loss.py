@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stableopt._support.arguments import shown
 from stableopt.curvature.errors import SecondDerivativeError
 from stableopt.curvature.isolation.isolated import isolated
 from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, compiled
@@ -73,14 +74,14 @@ class MeanLoss(abc.ABC):
             self.loss_fn: Callable[[Any, Any], Tensor] | None = None
             batch_loss: Callable[[nn.Module, Any], Tensor] = loss_fn
         elif not callable(loss_fn) or isinstance(loss_fn, type):
-            raise TypeError(f"loss_fn={loss_fn!r}: expected a function of outputs and targets")
+            raise TypeError(f"loss_fn={shown(loss_fn)}: expected a function of outputs and targets")
         else:
             self.loss_fn = loss_fn
             batch_loss = pair_loss(loss_fn)
 
         ranks = Ranks(process_group)
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model={model!r}: expected a torch.nn.Module")
+            raise TypeError(f"model={shown(model)}: expected a torch.nn.Module")
         self.model = unwrapped(model)
         self.layout = Layout.of(batch_dim, paired=self.loss_fn is not None)
         self._dtype, self._batch_statistics = dtype, batch_statistics
@@ -154,6 +155,12 @@ class MeanLoss(abc.ABC):
             second_derivatives=second_derivatives,
             process_group=process_group,
         )
+
+    def __repr__(self) -> str:
+        kind, model = type(self).__name__, type(self.model).__name__
+        counts = self.batches.known_counts
+        data = "" if counts is None else f", {counts[0]:,} samples"
+        return f"<{kind} of {model}: {self.num_params:,} parameters{data}>"
 
     def _read_data(self, data: Any, chunk_size: int | None, max_samples: int | None) -> None:
         # A loader draws a seed whenever an iterator is made, so reading needs isolation.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stableopt._support.arguments import shown
 from stableopt.curvature.isolation.precision import Precision
 
 __all__ = [
@@ -85,7 +86,7 @@ def select_parameters(
         params = list(params)
         if not all(isinstance(p, Tensor) for p in params):
             raise TypeError(
-                f"params={params!r}: expected parameters of model, such as model.head.parameters()"
+                f"params={shown(params)}: expected parameters of model, such as model.head.parameters()"
             )
         wanted = {id(p): p for p in params}
         chosen = {name: p for name, p in named.items() if id(p) in wanted}

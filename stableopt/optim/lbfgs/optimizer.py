@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stableopt._support.arguments import whole
+from stableopt._support.arguments import shown, whole
 from stableopt._support.torch_internals import eager
 from stableopt._support.warn_once import WarnOnce
 from stableopt.optim.lbfgs.compact import CompactPairs
@@ -296,7 +296,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
             )
         if not callable(closure):
             raise TypeError(
-                f"closure={closure!r}: expected a function that zeroes the gradients, computes the"
+                f"closure={shown(closure)}: expected a function that zeroes the gradients, computes the"
                 " loss and its gradients, and returns the loss: LBFGS calls it several times a step"
             )
         kind = flat_kind(self._params)

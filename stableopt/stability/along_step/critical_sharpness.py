@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt._support.arguments import positive, whole
+from stableopt._support.arguments import positive, shown, whole
 from stableopt.curvature.errors import NonFiniteError
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
@@ -213,6 +213,12 @@ def _next_step(
     # The forward pass of the gradient also returns the loss.
     loss, gradient = problem.loss_and_gradient()
     if optimizers:
+        groups = [group for each in optimizers for group in each.param_groups]
+        if all("lr" in group and not float(group["lr"]) for group in groups):
+            raise ValueError(
+                "optimizer: its learning rate is 0 now, so its step has no direction; set that of an"
+                " earlier or later step"
+            )
         rate = 1.0 if rule is None or not rule.lr else rule.lr
         # An optimizer that maximizes changes the sign of the gradient itself.
         change = trial_step(optimizers, problem, sign * gradient)
@@ -336,7 +342,7 @@ def _converged(rise: Rise, tol: float) -> bool:
 
 def _checked_reference(reference: Any, problem: MeanLoss) -> MeanLoss:
     if not isinstance(reference, MeanLoss):
-        raise TypeError(f"reference={reference!r}: expected a Problem of the same model")
+        raise TypeError(f"reference={shown(reference)}: expected a Problem of the same model")
     if [id(p) for p in reference.params] != [id(p) for p in problem.params]:
         raise ValueError("reference: expected a Problem over the same parameters of the same model")
     return reference

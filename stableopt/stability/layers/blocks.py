@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stableopt._support.arguments import shown
+
 __all__ = ["Block", "Blocks", "blocks_of", "layer_of"]
 
 Part = str | re.Pattern[str] | nn.Module | Tensor
@@ -114,7 +116,7 @@ def _listed(parts: Any) -> list[Part]:
         return [parts]
     if not isinstance(parts, Iterable):
         raise TypeError(
-            f"blocks: {parts!r}: expected a pattern, a module, a parameter, or several of them"
+            f"blocks: {shown(parts)}: expected a pattern, a module, a parameter, or several of them"
         )
     listed = list(parts)
     if not listed:
@@ -159,7 +161,7 @@ class _Lookup:
         elif isinstance(part, (str, re.Pattern)):
             yield from self._pattern_blocks(part)
         else:
-            raise TypeError(f"blocks: {part!r}: expected a pattern, a module or a parameter")
+            raise TypeError(f"blocks: {shown(part)}: expected a pattern, a module or a parameter")
 
     def _module_block(self, module: nn.Module) -> tuple[str, set[int]]:
         names = (name for name, other in self._model.named_modules() if other is module)

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from stableopt._support.text_table import aligned
+
 __all__ = ["COLUMNS", "Layer", "Layers"]
 
 
@@ -203,11 +205,7 @@ class Layers:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         room = _WIDTH - sum(widths) - 2 * len(widths)
         names = [shortened(name, room) for name in ("layer", *(layer.name for layer in shown))]
-        width = max(map(len, names))
-        lines = [
-            "  ".join([name.ljust(width), *(c.rjust(w) for c, w in zip(row, widths, strict=True))])
-            for name, row in zip(names, rows, strict=True)
-        ]
+        lines = aligned([[name, *row] for name, row in zip(names, rows, strict=True)])
         if most is not None and len(self) > len(shown):
             lines.append(f"… and {len(self) - len(shown)} more")
         if len(limits) == 1 and (limit := limits.pop()) is not None:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
+from stableopt._support.arguments import shown
 from stableopt._support.tensors import as_tensor
 from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.eigen.inner_product import InnerProduct
@@ -116,7 +117,7 @@ def step_of(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Linear
     """
     rule = UpdateRule(lr=1.0) if rule is None else rule
     if not isinstance(rule, UpdateRule):
-        raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
+        raise TypeError(f"update_rule={shown(rule)}: expected an UpdateRule")
     # The problem's coordinates already include a preconditioned rule's weight decay.
     decay = rule.linear_step.weight_decay
     form = (

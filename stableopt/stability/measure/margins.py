@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, overload
 from stableopt.curvature.spectrum.density import SpectralDensity
 from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
-from stableopt.stability.measure.registry import QUANTITIES, split
+from stableopt.stability.measure.registry import QUANTITIES, results_table, split
 
 __all__ = ["EdgeSplit", "StabilityMargins"]
 
@@ -170,18 +170,9 @@ class StabilityMargins:
             name: result.compared(lr, limits_lr=name in QUANTITIES and QUANTITIES[name].limits_lr)
             for name, result in _with_numbers(results or {}, numbers, measurements or {}).items()
         }
-        fields = {
-            "step": step,
-            "lr": lr,
-            "batch_size": batch_size,
-            "dataset_size": dataset_size,
-            "loss": loss,
-            "results": results,
-            "failure": failure,
-            "method": method,
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        values = (step, lr, batch_size, dataset_size, loss, results, failure, method)
+        for each, value in zip(dataclasses.fields(self), values, strict=True):
+            object.__setattr__(self, each.name, value)
 
     def __getitem__(self, name: str) -> QuantityResult:
         """Return the result of one quantity, empty if it was not measured.
@@ -194,7 +185,9 @@ class StabilityMargins:
         (0.75, None)
         """
         if name not in self.results and name not in QUANTITIES:
-            raise KeyError(f"{name!r}: expected one of {', '.join({**QUANTITIES, **self.results})}")
+            known = ", ".join({**QUANTITIES, **self.results})
+            attribute = f"margins.{name}, or " if hasattr(type(self), name) else ""
+            raise KeyError(f"{name!r}: expected {attribute}one of {known}")
         return self.results.get(name, QuantityResult())
 
     @property
@@ -285,6 +278,12 @@ class StabilityMargins:
     def seconds(self) -> float:
         """Wall time of the eigen-solvers."""
         return sum(m.seconds for m in self.measurements.values())
+
+    def __str__(self) -> str:
+        numbers = {"loss": self.loss, "lr": self.lr, "batch size": self.batch_size}
+        known = (f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
+        head = ", ".join([f"step {self.step:,}", *known])
+        return "\n".join(filter(None, [head, *results_table(self.results), self.failure]))
 
     def record(self) -> dict[str, float]:
         """Return the record that sinks receive: every known number by name, ratios included.

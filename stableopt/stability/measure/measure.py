@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt._support.arguments import finite_size, positive
+from stableopt._support.arguments import finite_size, positive, shown
 from stableopt.curvature import NonFiniteError
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
@@ -115,7 +115,7 @@ def measure(
         raise ValueError("optimizer, lr and update_rule: expected at most one of the three")
     rule = update_rule
     if rule is not None and not isinstance(rule, UpdateRule):
-        raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
+        raise TypeError(f"update_rule={shown(rule)}: expected an UpdateRule")
     optimizers = () if optimizer is None else optimizers_in(optimizer)
     if optimizers:
         rule = rule_of(optimizers)
@@ -174,7 +174,7 @@ def check_quantities(
     names = list(quantities) if is_sequence else []
     if not names or any(name not in QUANTITIES for name in names):
         raise ValueError(
-            f"quantities={quantities!r}: expected a sequence of names among {tuple(QUANTITIES)}"
+            f"quantities={shown(quantities)}: expected a sequence of names among {tuple(QUANTITIES)}"
         )
     selected = [quantity for name, quantity in QUANTITIES.items() if name in names]
     for quantity in selected:

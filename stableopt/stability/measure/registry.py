@@ -12,15 +12,25 @@ registry. A new quantity is one entry::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stableopt._support.text_table import aligned
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["DEFAULT_QUANTITIES", "QUANTITIES", "Chart", "Need", "Quantity", "register", "split"]
+__all__ = [
+    "DEFAULT_QUANTITIES",
+    "QUANTITIES",
+    "Chart",
+    "Need",
+    "Quantity",
+    "register",
+    "results_table",
+    "split",
+]
 
 Need = Literal[
     "rule",
@@ -220,6 +230,25 @@ def register(quantity: Quantity) -> Quantity:
         raise ValueError(f"name={quantity.name!r}: a quantity of that name is registered already")
     QUANTITIES[quantity.name] = quantity
     return quantity
+
+
+def results_table(results: Mapping[str, QuantityResult]) -> list[str]:
+    """Return a table of results as lines of text: value, limit and ratio, and what failed below.
+
+    >>> for line in results_table({"sharpness": QuantityResult(15.0, 20.0, 0.75)}):
+    ...     print(line)
+    quantity   value  limit  ratio
+    sharpness     15     20   0.75
+    """
+    rows, failures = [["quantity", "value", "limit", "ratio"]], []
+    for name, result in results.items():
+        title = QUANTITIES[name].title if name in QUANTITIES else name
+        if result.failure is not None:
+            failures.append(f"{title} was not measured: {result.failure}")
+        if result.value is not None:
+            numbers = (result.value, result.limit, result.ratio)
+            rows.append([title, *("–" if x is None else f"{x:.4g}" for x in numbers)])
+    return [*(aligned(rows) if len(rows) > 1 else []), *failures]
 
 
 def split(key: str) -> tuple[str, str]:

@@ -60,7 +60,8 @@ def check_params(optimizers: Sequence[torch.optim.Optimizer], problem: MeanLoss)
         if id(p) not in held:
             raise ValueError(
                 f"parameter {name!r} is trainable but not in the optimizer: freeze it by"
-                " requires_grad_(False), or choose the parameters to measure by params="
+                " requires_grad_(False), or choose the parameters to measure by params= of the monitor"
+                " or of a Problem"
             )
     foreign = len(held - {id(p) for p in problem.model.parameters()})
     if foreign and problem.all_trainable:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stableopt._support.arguments import shown
 from stableopt.stability.rules.filters import agree, no_lookahead_edge
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
@@ -123,7 +124,9 @@ def optimizers_in(given: Any) -> tuple[torch.optim.Optimizer, ...]:
     # Wrappers such as schedulefree's are not optimizers, but have groups and steps.
     fits = (hasattr(o, "param_groups") and not isinstance(o, type) for o in optimizers)
     if not optimizers or not all(fits):
-        raise TypeError(f"optimizer={given!r}: expected a torch.optim.Optimizer, or a list of them")
+        raise TypeError(
+            f"optimizer={shown(given)}: expected a torch.optim.Optimizer, or a list of them"
+        )
     optimizers = tuple(base_optimizer(optimizer) for optimizer in optimizers)
     holders: Counter[int] = Counter()
     for optimizer in optimizers:

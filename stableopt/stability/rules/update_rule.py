@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stableopt._support.arguments import shown
 from stableopt._support.deprecation import warn_renamed
 from stableopt.stability.rules.filters import Filter, lookahead_edge
 from stableopt.stability.rules.limits import LinearStep, noise_factor
@@ -125,7 +126,7 @@ class UpdateRule:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number")
         if not (self.preconditioner is None or isinstance(self.preconditioner, StepPreconditioner)):
             raise TypeError(
-                f"preconditioner={self.preconditioner!r}: expected a StepPreconditioner, such as"
+                f"preconditioner={shown(self.preconditioner)}: expected a StepPreconditioner, such as"
                 " MatrixPreconditioner(params, matrix), or None"
             )
         if self.lookahead is not None:
@@ -300,7 +301,7 @@ class UpdateRule:
         if reader is not None:
             return reader(optimizer)
         if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
+            raise TypeError(f"optimizer={shown(optimizer)}: expected a torch.optim.Optimizer")
         name = type(optimizer).__name__
         reason = f"it overrides step of {kind.__name__}" if kind else "no reader is registered"
         return cls.unknown_step(

@@ -199,8 +199,7 @@ class Batches:
         for batch in self.source:
             if self.paired and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise TypeError(
-                    f"data: expected batches (x, y), got {_describe(batch)}; for dictionaries and"
-                    " models with their own loss use Problem.from_batch_loss"
+                    f"data: expected batches (x, y), got {_describe(batch)}; {_remedy(batch)}"
                 )
             if any(tensor.is_nested for tensor in tensors_in(batch)):
                 raise TypeError(
@@ -244,6 +243,12 @@ def _describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def _remedy(value: Any) -> str:
+    if hasattr(value, "__array__") and not isinstance(value, Tensor):
+        return "convert arrays with torch.as_tensor"
+    return "for dictionaries and models with their own loss use Problem.from_batch_loss"
+
+
 def _source(data: Any, chunk_size: int | None, paired: bool) -> tuple[Any, bool]:
     """Return a re-iterable of batches, and whether ``data`` is one batch."""
     if isinstance(data, DataLoader):
@@ -257,6 +262,8 @@ def _source(data: Any, chunk_size: int | None, paired: bool) -> tuple[Any, bool]
         return [data], True
     if isinstance(data, Tensor):
         raise TypeError("data is a single tensor: expected (x, y)")
+    if isinstance(data, Mapping):
+        raise TypeError(f"data is {_describe(data)}: expected (x, y); {_remedy(data)}")
     if isinstance(data, str):
         raise TypeError(f"data={data!r}: expected (x, y), a Dataset, a DataLoader or batches")
     try:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from stableopt._support.arguments import shown
 from stableopt.curvature.problem.data.batches import map_tensors, sample_count, tensors_in
 
 __all__ = [
@@ -249,8 +250,8 @@ class GivenWeights(SampleWeights):
     def __post_init__(self) -> None:
         if not isinstance(self.given, Tensor) and not callable(self.given):
             raise TypeError(
-                f"sample_weight={self.given!r}: expected a tensor with a weight for each sample, or a"
-                " function of a batch that returns one"
+                f"sample_weight={shown(self.given)}: expected a tensor with a weight for each sample,"
+                " or a function of a batch that returns one"
             )
 
     def check_number(self, n: int) -> None:
