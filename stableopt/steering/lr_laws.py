@@ -75,6 +75,12 @@ class LRMeasured:
         return self.margins.limited_sharpness
 
     @property
+    def name(self) -> str:
+        """The name of that sharpness, in words."""
+        preconditioned = self.margins.preconditioned_sharpness is not None
+        return "preconditioned sharpness" if preconditioned else "sharpness"
+
+    @property
     def limit(self) -> float:
         """The largest stable sharpness at the present rate."""
         return self.rule.max_sharpness
@@ -182,16 +188,16 @@ def gated_staircase(
         raised = min(raised, lr_at_limit(measured.rule, measured.sharpness / gate))
     if raised <= lr:
         why = (
-            f"the sharpness is {measured.ratio:.3g} of its limit, not below the gate {gate:.4g}:"
+            f"the {measured.name} is {measured.ratio:.3g} of its limit, not below the gate {gate:.4g}:"
             " waiting for the escape to end"
         )
         return measured.decide("hold", lr, why), state
     beta = measured.rule.memory
     momentum_end = state.get("escaping", -math.inf) + beta / (1 - beta)
     if measured.ratio <= 1 and step < momentum_end:
-        why = f"the sharpness was above its limit, and momentum lasts until step {momentum_end:.0f}"
+        why = f"the {measured.name} was above its limit, and momentum lasts until step {momentum_end:.0f}"
         return measured.decide("hold", lr, why), state
-    why = f"the target's rate is {goal:.4g}, and the sharpness {measured.ratio:.2f} of its limit"
+    why = f"the target's rate is {goal:.4g}, and the {measured.name} {measured.ratio:.2f} of its limit"
     return measured.decide("raise", raised, why), state
 
 
@@ -243,7 +249,9 @@ def keep_margin(
     decision, steps, state = _cut_or_hold(measured, state, cut=cut, hold=hold)
     if decision is not None:
         return decision, state
-    why = f"the sharpness is {measured.ratio:.2f} of its limit, and should be at most {share:g}"
+    why = (
+        f"the {measured.name} is {measured.ratio:.2f} of its limit, and should be at most {share:g}"
+    )
     assert measured.sharpness is not None
     if measured.ratio > share:
         if lr <= measured.min_lr:

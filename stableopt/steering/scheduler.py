@@ -341,7 +341,7 @@ class StabilityLR(LRScheduler):
         ratio = ratio_to_limit(a, at_lr(measured.rule, decision.new).max_sharpness)
         if ratio <= 1 or was_unstable:
             return [], ratio > 1
-        why = f"the sharpness is {ratio:.2f} of its limit: the kick starts the escape"
+        why = f"the {measured.name} is {ratio:.2f} of its limit: the kick starts the escape"
         return [Decision("weights", "kick", 0.0, self._kick, why, a, step=margins.step)], True
 
     def _change_weights(self, decision: Decision) -> None:
