@@ -98,8 +98,10 @@ class Bars(Watch):
         self.progress.stop()
 
     def started(self, jobs: Sequence[Job]) -> None:
-        """Add bars."""
+        """Add bars; a job that a broken executor lost starts again."""
         for job in jobs:
+            if job.id in self.bars:
+                self.progress.remove_task(self.bars[job.id][1])
             self.bars[job.id] = (job, self.progress.add_task(job.id, total=1.0))
 
     def finished(self, job: Job, seconds: float | None) -> None:

@@ -174,7 +174,8 @@ class _Run:
                 assert executor is not None
                 if time.monotonic() > self.end:
                     running = [job for group in self.running.values() for job in group]
-                    self.summary.left += [*running, *waiting.values()]
+                    suspects = [job for job in self.suspects if job not in running]
+                    self.summary.left += [*running, *suspects, *waiting.values()]
                     if hasattr(executor, "stop"):
                         executor.stop()
                         self.running.clear()

@@ -106,7 +106,7 @@ def charts_of_report(report: FlightReport) -> list[Chart]:
     losses = [_step_and_loss(step) for step in report.steps]
     probe = [(each.step, each.loss) for each in report.measured]
     ratios = [(each.step, each.ratio) for each in report.measured]
-    norms = [(step["step"], _norm(step.get("grad_norms"))) for step in report.steps]
+    norms = [(step["step"], _norm(step)) for step in report.steps]
     rates = [(step["step"], number(step.get("lr"))) for step in report.steps]
     lines = [("batch", losses, _MUTED), ("probe set", probe, _BLUE)]
     return [
@@ -121,8 +121,11 @@ def _step_and_loss(step: Mapping[str, Any]) -> tuple[int, float]:
     return step["step"], number(step.get("loss"))
 
 
-def _norm(norms: Any) -> float:
-    """Return the norm of the whole gradient from those of its layers, NaN without any."""
+def _norm(step: Mapping[str, Any]) -> float:
+    """Return the norm of the gradient, if known the one before clipping; NaN without any."""
+    if step.get("total_norm") is not None:
+        return number(step["total_norm"])
+    norms = step.get("grad_norms")
     numbers = [number(norm) for norm in norms.values()] if isinstance(norms, Mapping) else []
     return math.hypot(*numbers) if numbers else math.nan
 

@@ -195,7 +195,8 @@ def gated_staircase(
     beta = measured.rule.memory
     momentum_end = state.get("escaping", -math.inf) + beta / (1 - beta)
     if measured.ratio <= 1 and step < momentum_end:
-        why = f"the {measured.name} was above its limit, and momentum lasts until step {momentum_end:.0f}"
+        end = f"{momentum_end:.0f}"
+        why = f"the {measured.name} was above its limit, and momentum lasts until step {end}"
         return measured.decide("hold", lr, why), state
     why = f"the target's rate is {goal:.4g}, and the {measured.name} {measured.ratio:.2f} of its limit"
     return measured.decide("raise", raised, why), state

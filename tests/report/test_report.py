@@ -23,7 +23,8 @@ from torch import nn
 from stableopt import JSONLinesSink, StabilityMonitor
 from stableopt.__main__ import main
 from stableopt.report import Run, notebook, page, read_run, write_page, writer
-from stableopt.report.charts import charts, heat_map, thinned
+from stableopt.report.charts import charts, charts_of_report, heat_map, thinned
+from stableopt.report.run import FlightReport
 from stableopt.report.summary import rows, sentence
 from stableopt.stability import StabilityMargins
 
@@ -380,6 +381,22 @@ def test_figures_ignore_the_settings_of_the_user() -> None:
         assert matplotlib.rcParams["text.usetex"]
     assert "#ff0000" not in chart.svg
     assert chart.svg == charts(run)[0].svg
+
+
+def test_the_norm_before_clipping_is_drawn() -> None:
+    """Catches an odd batch whose clipped gradient looks like all others."""
+
+    def drawn(norms: Sequence[float | None]) -> str:
+        steps = [
+            {"step": k, "grad_norms": {"0": 1.0}, "total_norm": norm}
+            for k, norm in enumerate(norms)
+        ]
+        report = FlightReport(9, "the loss rose", "batch", "", "", steps, [])
+        return next(c.svg for c in charts_of_report(report) if "norm" in c.title)
+
+    calm = [1.0] * 9
+    assert drawn(calm) == drawn([None] * 9)
+    assert drawn([*calm[:5], 50.0, *calm[6:]]) != drawn(calm)
 
 
 def test_a_notebook_shows_the_monitor() -> None:

@@ -96,6 +96,16 @@ def test_where_no_job_tells_its_cost_all_count_alike(tmp_path: Path) -> None:
     assert Bars([], Store(tmp_path), quiet()).progress.tasks[0].completed == 0.0
 
 
+def test_a_job_that_starts_again_has_one_bar(tmp_path: Path) -> None:
+    """Catches the bar of a job that a broken executor lost, which stays on the screen."""
+    job = Number(1.0)
+    with Bars([job], Store(tmp_path), quiet()) as bars:
+        bars.started([job])
+        bars.started([job])
+        bars.finished(job, 1.0)
+        assert len(bars.progress.tasks) == 1  # that of the sweep
+
+
 def test_bars_follow_a_whole_run(tmp_path: Path) -> None:
     """Catches a bar that stays on the screen, a line that is not printed, and an uncounted job."""
     failing = Failing(str(tmp_path / "cure"))

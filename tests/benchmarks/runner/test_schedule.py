@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
@@ -195,6 +196,22 @@ def test_who_breaks_an_executor_is_found_by_running_suspects_alone(tmp_path: Pat
     # The first, one after it broke, and one after the crashing job broke it alone, or two if another
     # was in flight when the first broke.
     assert 3 <= len(made) <= 5
+
+
+def test_jobs_that_a_broken_executor_lost_are_left_when_time_is_up(tmp_path: Path) -> None:
+    """Catches jobs that are in no list: neither failed nor left for the next call."""
+
+    class Broken(Inline):
+        def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+            def risk(*_: Any) -> Any:
+                time.sleep(0.1)
+                raise BrokenExecutor
+
+            return super().submit(risk, *arguments)
+
+    jobs = [Number(1.0), Number(2.0)]
+    summary = run_all(jobs, Store(tmp_path), HERE, make_executor=Broken, seconds=0.05)
+    assert sorted(job.id for job in summary.left) == sorted(job.id for job in jobs)
 
 
 @pytest.mark.parametrize(("in_flight", "most"), [(1, 1), (3, 3), (None, 8)])
