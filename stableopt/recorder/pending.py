@@ -6,7 +6,7 @@ import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
 from typing import Any, TypeAlias
@@ -141,9 +141,13 @@ class PendingStep:
     """A step whose numbers are still on the device.
 
     Attributes:
-        step: the record to complete.
+        step: its number.
+        names: the names of the parameters, in the order of their gradients.
+        weights: the sample of the weights.
+        sample: its values before the step; ``None`` after it, to free their memory.
         before: the norm of each layer's weights before the step.
         lrs: the learning rate of each group, ``None`` where it has none.
+        scale: the factor of a gradient scaler in the gradients, or ``None``.
         parts: identifiers of the samples of each micro-batch.
         gradients: the norm of each parameter's gradient.
         loss, total_norm: what the training loop reported.
@@ -152,9 +156,13 @@ class PendingStep:
         after: the norm of each layer's weights after the step.
     """
 
-    step: StepRecord
+    step: int
+    names: Sequence[str]
+    weights: WeightSample
+    sample: Tensor | None
     before: Tensor
     lrs: Sequence[Scalar | None] = ()
+    scale: Tensor | None = None
     parts: Sequence[list[Any] | Tensor] = ()
     gradients: Tensor | None = None
     loss: Scalar | None = None
@@ -182,11 +190,10 @@ class PendingSteps:
         self._weights = WeightSample(self._problem.params, self._problem.names)
         self._pending: list[PendingStep] = []
         self._open: PendingStep | None = None
-        self._sample: Tensor | None = None
-        self._scale: Tensor | None = None
         self._next = Reported()
         self._repeating = False
-        self._norms_after: dict[str, float] = {}
+        # After the last step that was read: its weights, and the norm of each layer.
+        self._last: tuple[WeightSample, dict[str, float]] = (self._weights, {})
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -211,12 +218,17 @@ class PendingSteps:
         lrs = [None if group.get("lr") is None else _scalar(group["lr"]) for group in groups]
         if problem is not self._problem:  # as when layers thaw
             self._weights, self._problem = WeightSample(problem.params, problem.names), problem
-            self._norms_after = {}
-        self._sample = self._weights.take()
-        step = StepRecord(self._monitor.step + 1, lr=0.0)  # `read` fills in the rate
-        self._scale = getattr(optimizer, "grad_scale", None)
-        skipped = getattr(optimizer, "found_inf", None)
-        self._open = PendingStep(step, self._weights.norms(self._sample), lrs, skipped=skipped)
+        sample = self._weights.take()
+        self._open = PendingStep(
+            self._monitor.step + 1,
+            problem.names,
+            self._weights,
+            sample,
+            self._weights.norms(sample),
+            lrs,
+            scale=getattr(optimizer, "grad_scale", None),
+            skipped=getattr(optimizer, "found_inf", None),
+        )
 
     @property
     def has_gradients(self) -> bool:
@@ -231,19 +243,21 @@ class PendingSteps:
         self._open.parts = reported.parts
         self._open.loss, self._open.total_norm = reported.loss, reported.total_norm
         norms = norms_of_gradients(self._problem.params)
-        scale = self._scale
+        scale = self._open.scale
         self._open.gradients = norms if scale is None else norms / scale.to(norms.device)
         self._pending.append(self._open)
 
     def end(self) -> None:
         """Record how far the open step moved the weights."""
-        if self._open is None or self._sample is None:
+        if self._open is None:
             return
         self.gradients()  # for an optimizer that did not call its closure
         pending, self._open = self._open, None
-        sample = self._weights.take()
-        pending.moved = self._weights.norms(sample - self._sample)
-        pending.after = self._weights.norms(sample)
+        before, pending.sample = pending.sample, None
+        assert before is not None
+        after = pending.weights.take()
+        pending.moved = pending.weights.norms(after - before)
+        pending.after = pending.weights.norms(after)
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
@@ -264,22 +278,24 @@ class PendingSteps:
         total_norms = _read([pending.total_norm for pending in steps])
         skipped = _read([pending.skipped for pending in steps])
         numbers = iter(torch.cat([norm for pending in steps for norm in pending.norms]).tolist())
-        layers, records = self._weights.layers, []
+        records = []
         for pending, loss, total_norm, skip in zip(
             steps, losses, total_norms, skipped, strict=True
         ):
             lrs = [lr for lr in islice(rates, len(pending.lrs)) if lr is not None]
             gradients: dict[str, float] = {}
-            for name in self._problem.names:
+            for name in pending.names:
                 layer = layer_of(name)
                 gradients[layer] = math.hypot(gradients.get(layer, 0.0), next(numbers))
+            layers = pending.weights.layers
             before = dict(zip(layers, numbers, strict=False))
             lengths, after = {}, {}
             if pending.after is not None:
                 lengths = dict(zip(layers, numbers, strict=False))
                 after = dict(zip(layers, numbers, strict=False))
+            weights, norms_after = self._last
             records.append(
-                replace(
+                StepRecord(
                     pending.step,
                     lr=max(lrs, default=0.0),
                     lrs=lrs if len(lrs) == len(pending.lrs) and len(set(lrs)) > 1 else (),
@@ -287,11 +303,12 @@ class PendingSteps:
                     batch=_batch(pending.parts),
                     grad_norms={} if skip else gradients,
                     moved=moved(before, lengths),
-                    changed=changed(self._norms_after, before),
+                    # Norms of other weights, as before layers thawed, are not compared.
+                    changed=changed(norms_after if weights is pending.weights else {}, before),
                     total_norm=total_norm,
                 )
             )
-            self._norms_after = after
+            self._last = pending.weights, after
         return records
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stableopt.report.run import Record, Run, number
-from stableopt.sinks.console import NEAR, OVER
+from stableopt.stability.measure.measurement import level
 from stableopt.stability.measure.registry import QUANTITIES
 
 __all__ = ["Row", "counts", "rows", "sentence", "shown", "titled", "with_ratio"]
@@ -72,17 +72,6 @@ def with_ratio(record: Record) -> list[str]:
     names = [key.removesuffix("_ratio") for key in record if str(key).endswith("_ratio")]
     # The ratio to an infinite limit is zero.
     return [name for name in names if number(record[f"{name}_ratio"]) != 0]
-
-
-def level(ratio: float) -> str:
-    """Return where a ratio lies: inside the limit, near it, or over it.
-
-    >>> level(0.5), level(1.0), level(1.2)
-    ('inside', 'near', 'over')
-    """
-    if ratio > OVER:
-        return "over"
-    return "near" if ratio >= NEAR else "inside"
 
 
 def sentence(run: Run) -> str:

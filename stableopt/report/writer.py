@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from stableopt.report.charts import Chart, charts, charts_of_report, heat_map
 from stableopt.report.reading import read_run
 from stableopt.report.run import FlightReport, Run, number
-from stableopt.report.summary import counts, level, rows, sentence, shown, with_ratio
+from stableopt.report.summary import counts, rows, sentence, shown, with_ratio
+from stableopt.stability.measure.measurement import level
 
 if TYPE_CHECKING:
     from jinja2 import Template

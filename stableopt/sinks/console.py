@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.layers.table import shortened
 from stableopt.stability.measure.margins import StabilityMargins
+from stableopt.stability.measure.measurement import level
 from stableopt.stability.measure.registry import QUANTITIES
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ __all__ = ["ConsoleSink", "margins_table"]
 _LAYERS = 3
 """Layers in the table: few, so that the table and the output of training fit on the screen."""
 
-NEAR, OVER = 0.9, 1.01
-"""Ratios from which a row is yellow (near the limit) and above which it is red (over the limit)."""
+_COLOURS = {None: "", "inside": "green", "near": "yellow", "over": "red"}
+"""Colours of the levels of a ratio."""
 
 
 class ConsoleSink:
@@ -166,13 +167,7 @@ def margins_table(margins: StabilityMargins, note: str = "") -> Table:
 def _coloured(ratio: float | None) -> Text:
     from rich.text import Text
 
-    if ratio is None:
-        colour = ""
-    elif ratio > OVER:
-        colour = "red"
-    else:
-        colour = "yellow" if ratio >= NEAR else "green"
-    return Text(_number(ratio), style=colour)
+    return Text(_number(ratio), style=_COLOURS[None if ratio is None else level(ratio)])
 
 
 def one_line(margins: StabilityMargins) -> str:

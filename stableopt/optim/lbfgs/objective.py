@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stableopt._support.tensors import as_tensor
 
-__all__ = ["Objective", "flat_kind", "largest", "wide_dot"]
+__all__ = ["FlatKind", "Objective", "flat_kind", "largest", "wide_dot"]
 
 
 def largest(vector: Tensor) -> Tensor:
@@ -37,14 +37,22 @@ def wide_dot(one: Tensor, other: Tensor) -> Tensor:
     return one.dot(other)
 
 
-def flat_kind(params: Sequence[Tensor]) -> tuple[int, torch.dtype, torch.device] | None:
+class FlatKind(NamedTuple):
+    """Length, dtype and device of a flat vector."""
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def flat_kind(params: Sequence[Tensor]) -> FlatKind | None:
     """Return length, dtype and device of the flat gradient of ``params``; ``None`` if it is empty.
 
     Raises:
         ValueError: for parameters on several devices.
 
     >>> flat_kind([torch.zeros(2), torch.zeros(3, dtype=torch.complex128)])
-    (8, torch.float64, device(type='cpu'))
+    FlatKind(size=8, dtype=torch.float64, device=device(type='cpu'))
     """
     views = [torch.view_as_real(p) if p.is_complex() else p for p in params]
     devices = sorted({str(view.device) for view in views})
@@ -53,7 +61,8 @@ def flat_kind(params: Sequence[Tensor]) -> tuple[int, torch.dtype, torch.device]
     size = sum(view.numel() for view in views)
     if not size:
         return None
-    return size, reduce(torch.promote_types, (view.dtype for view in views)), views[0].device
+    dtype = reduce(torch.promote_types, (view.dtype for view in views))
+    return FlatKind(size, dtype, views[0].device)
 
 
 class Objective:

@@ -15,7 +15,7 @@ from stableopt._support.warn_once import WarnOnce
 from stableopt.optim.lbfgs.compact import CompactPairs
 from stableopt.optim.lbfgs.iterations import Iterations, StepEnd
 from stableopt.optim.lbfgs.memory import PairMemory
-from stableopt.optim.lbfgs.objective import Objective, flat_kind
+from stableopt.optim.lbfgs.objective import FlatKind, Objective, flat_kind
 from stableopt.optim.lbfgs.two_loop import TwoLoopPairs
 from stableopt.optim.trackable import Tracking
 
@@ -230,7 +230,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         """
         params = self._params
         kind = flat_kind(params)
-        size = 0 if kind is None else kind[0]
+        size = 0 if kind is None else kind.size
         if vectors.dim() not in (1, 2) or len(vectors) != size:
             raise ValueError(
                 f"vectors has shape {tuple(vectors.shape)}: expected ({size},) or ({size}, k)"
@@ -239,9 +239,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
             return vectors.clone()
         return self._pairs(self.state[params[0]], kind).matvec(vectors)
 
-    def _pairs(
-        self, state: dict[str, Any], kind: tuple[int, torch.dtype, torch.device]
-    ) -> PairMemory:
+    def _pairs(self, state: dict[str, Any], kind: FlatKind) -> PairMemory:
         """Return the memory, rebuilt from the state after a checkpoint or a change of options."""
         options = self.param_groups[0]
         memory_type: type[CompactPairs | TwoLoopPairs]
@@ -320,9 +318,9 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         return objective.first_returned
 
 
-def _as_kind(value: Any, kind: tuple[int, torch.dtype, torch.device]) -> Any:
+def _as_kind(value: Any, kind: FlatKind) -> Any:
     """Return a tensor in the dtype and on the device of ``kind``; other values unchanged."""
-    return value.to(kind[2], kind[1]) if isinstance(value, Tensor) else value
+    return value.to(kind.device, kind.dtype) if isinstance(value, Tensor) else value
 
 
 def _deep_clone(value: Any) -> Any:

@@ -27,7 +27,7 @@ from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian
 from stableopt.stability.layers.blocks import Block
 from stableopt.stability.layers.shares import Directions, full_sizes, shares_of
 from stableopt.stability.layers.table import Layers
-from stableopt.stability.measure.batch_sharpness import BatchSharpness
+from stableopt.stability.measure.batch_sharpness import BatchSharpness, batch_sharpness
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.taken_step import AlongStep, TakenStep, dot
 from stableopt.stability.rules.coordinates import outside_coordinates
@@ -60,7 +60,6 @@ class Evaluation:
         blocks: the blocks of parameters to measure, by default none.
         subspaces: the subspaces of this measurement by quantity.
         results: the results so far by quantity.
-        batch_averages: the batch sharpness, once a quantity has computed it.
     """
 
     problem: MeanLoss
@@ -77,7 +76,7 @@ class Evaluation:
     blocks: tuple[Block, ...] = ()
     subspaces: dict[str, Tensor] = field(default_factory=dict, init=False)
     results: dict[str, QuantityResult] = field(default_factory=dict, init=False)
-    batch_averages: BatchSharpness | None = field(default=None, init=False)
+    _batch_sharpness: BatchSharpness | None = field(default=None, init=False)
     _along: AlongStep | None = field(default=None, init=False)
     _plain_hessian: Hessian | ShardedHessian | None = field(default=None, init=False)
     _hessian: Hessian | ShardedHessian | None = field(default=None, init=False)
@@ -131,6 +130,20 @@ class Evaluation:
         if self._gauss_newton is None:
             self._gauss_newton = GaussNewton(require_samples(self.problem, "Gauss-Newton"))
         return self._gauss_newton
+
+    def batch_sharpness(self) -> BatchSharpness:
+        """Return the batch sharpness, by random batches of the step's size."""
+        if self._batch_sharpness is None:
+            assert self.batch_size is not None
+            problem = require_samples(self.problem, "batch_sharpness")
+            self._batch_sharpness = batch_sharpness(
+                problem, self.batch_size, rel_error=self.tol, seed=self.seed
+            )
+        return self._batch_sharpness
+
+    def result(self, name: str) -> QuantityResult:
+        """Return the result of a quantity that was measured before, empty without one."""
+        return self.results.get(name, QuantityResult())
 
     def along_step(self) -> AlongStep:
         """Return losses and gradients along the step just taken.

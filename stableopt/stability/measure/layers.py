@@ -62,7 +62,7 @@ def measured_layers(evaluation: Evaluation) -> QuantityResult:
     sharpnesses = [_sharpness(evaluation, hessian, *pair, vectors=vectors) for pair in pairs]
     means, errors = _mean_curvatures(evaluation, hessian)
     spreads = [_non_uniformity(evaluation, *pair) for pair in pairs]
-    joint_limit = evaluation.results.get("non_uniformity", QuantityResult()).limit
+    joint_limit = evaluation.result("non_uniformity").limit
     columns: dict[str, list[Any]] = {
         "sharpness": [None if m is None else m.value for m in sharpnesses],
         "limit": [rule.limit for rule in rules],
@@ -109,7 +109,7 @@ def _summary(
 def _shares(evaluation: Evaluation) -> Layers:
     """Return names, sizes and shares of the blocks, from the measurement of the joint sharpness."""
     for name in ("preconditioned_sharpness", "sharpness"):
-        layers = evaluation.results.get(name, QuantityResult()).layers
+        layers = evaluation.result(name).layers
         if layers is not None:
             return layers
     return without_columns(evaluation.blocks, full_sizes(evaluation.problem.params))
@@ -259,7 +259,7 @@ def _mean_curvatures(
 
 def _non_uniformity(evaluation: Evaluation, block: Block, rule: _BlockRule) -> Measurement | None:
     """Measure the non-uniformity of a block, if the joint one was measured by structured products."""
-    if evaluation.results.get("non_uniformity", QuantityResult()).value is None:
+    if evaluation.result("non_uniformity").value is None:
         return None
     if evaluation.non_uniformity().method != "structured":
         return None

@@ -276,7 +276,7 @@ class StabilityMargins:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the eigen-solvers."""
+        """Wall time of the quantities that have a measurement."""
         return sum(m.seconds for m in self.measurements.values())
 
     def __str__(self) -> str:

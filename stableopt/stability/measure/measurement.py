@@ -14,7 +14,10 @@ from stableopt.curvature.eigen.result import GAP, Eigenpair
 from stableopt.curvature.spectrum.density import SpectralDensity
 from stableopt.stability.layers.table import Layers
 
-__all__ = ["Measurement", "QuantityResult", "ratio_to_limit", "root"]
+__all__ = ["Measurement", "QuantityResult", "level", "ratio_to_limit", "root"]
+
+_NEAR, _OVER = 0.9, 1.01
+"""Ratios from which a value is near its limit, and above which it is over it."""
 
 
 @dataclass(frozen=True)
@@ -175,3 +178,14 @@ def ratio_to_limit(value: float, limit: float) -> float:
     (0.75, inf)
     """
     return value / limit if limit > 0 else math.inf
+
+
+def level(ratio: float) -> str:
+    """Return where a ratio lies: inside the limit, near it, or over it.
+
+    >>> level(0.5), level(1.0), level(1.2)
+    ('inside', 'near', 'over')
+    """
+    if ratio > _OVER:
+        return "over"
+    return "near" if ratio >= _NEAR else "inside"

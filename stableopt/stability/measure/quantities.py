@@ -9,8 +9,6 @@ from stableopt.curvature.problem.sharded import require_samples
 from stableopt.stability.mean_square.critical_lr import critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.measure.batch_sharpness import (
-    BatchSharpness,
-    batch_sharpness,
     batch_sharpness_limit,
 )
 from stableopt.stability.measure.evaluation import Evaluation
@@ -83,13 +81,13 @@ def _critical_lr(evaluation: Evaluation) -> QuantityResult:
 
 def _batch_sharpness(evaluation: Evaluation) -> QuantityResult:
     """Measure the ratio of means, over batches up to a relative error of ``tol``, and at most 64."""
-    averages = _batch_averages(evaluation)
+    averages = evaluation.batch_sharpness()
     return _batch_average(evaluation, averages.value, averages.standard_error)
 
 
 def _mean_batch_sharpness(evaluation: Evaluation) -> QuantityResult:
     """Measure the mean of ratios, over the same batches."""
-    averages = _batch_averages(evaluation)
+    averages = evaluation.batch_sharpness()
     return _batch_average(evaluation, averages.mean_of_ratios, averages.mean_of_ratios_error)
 
 
@@ -108,20 +106,10 @@ def _largest_batch_sharpness(evaluation: Evaluation) -> QuantityResult:
     return QuantityResult.from_measurement(measurement, lower=bounds.lower)
 
 
-def _batch_averages(evaluation: Evaluation) -> BatchSharpness:
-    assert evaluation.batch_size is not None
-    if evaluation.batch_averages is None:
-        problem = require_samples(evaluation.problem, "batch_sharpness")
-        evaluation.batch_averages = batch_sharpness(
-            problem, evaluation.batch_size, rel_error=evaluation.tol, seed=evaluation.seed
-        )
-    return evaluation.batch_averages
-
-
 def _batch_average(evaluation: Evaluation, value: float | None, error: float) -> QuantityResult:
     if value is None:
         return QuantityResult()
-    measurement = Measurement.of_average(value, error, _batch_averages(evaluation).batches)
+    measurement = Measurement.of_average(value, error, evaluation.batch_sharpness().batches)
     return QuantityResult(value, _batch_limit(evaluation), measurement=measurement)
 
 
@@ -133,7 +121,7 @@ def _batch_limit(evaluation: Evaluation) -> float | None:
     ):
         return None
     name = "preconditioned_sharpness" if evaluation.preconditioned else "sharpness"
-    sharpness = evaluation.results.get(name, QuantityResult()).value
+    sharpness = evaluation.result(name).value
     return batch_sharpness_limit(evaluation.rule.linear_step, sharpness)
 
 
