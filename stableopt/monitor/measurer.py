@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from stableopt.stability.rules.limits import checked_batch_size
 from stableopt.stability.rules.several import rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["Measurer", "needs_second_derivatives"]
+__all__ = ["Measurer", "Tracking", "needs_second_derivatives"]
 
 _UNKNOWN = 60
 """Assumed cost, in gradients, of a quantity without a cost estimate: a dozen structured products."""
@@ -37,6 +37,20 @@ _UNKNOWN = 60
 
 _WITH_EIGENVECTOR = ("sharpness", "preconditioned_sharpness", "non_uniformity")
 """Quantities whose warm start is an eigenvector. Others keep, for instance, those of all layers."""
+
+
+class Tracking(NamedTuple):
+    """What the next measurement of a run depends on.
+
+    Attributes:
+        measured: the number of measurements so far.
+        starts: the last subspaces by quantity.
+        memory: numbers and lists that quantities keep.
+    """
+
+    measured: int
+    starts: dict[str, Tensor]
+    memory: dict[str, Any]
 
 
 class Measurer:
@@ -229,27 +243,42 @@ class Measurer:
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Undo what a measurement in the block changes, so that the next does not depend on it."""
-        problem, starts, measured = self.problem, self.starts, self.measured
-        memory, end = copy.deepcopy(self.memory), self.step_end_cache.end
+        problem, before, end = self.problem, self._tracking(), self.step_end_cache.end
         try:
             yield
         finally:
-            self.measured, self.memory, self.step_end_cache.end = measured, memory, end
-            if self.problem is problem:  # else the starts are those of other parameters
-                self.starts = starts
+            # The starts of another problem are those of other parameters.
+            starts = before.starts if self.problem is problem else self.starts
+            self.restore(before._replace(starts=starts))
+            self.step_end_cache.end = end
+
+    def _tracking(self) -> Tracking:
+        return Tracking(self.measured, self.starts, copy.deepcopy(self.memory))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next measurement depends on, as plain numbers, dicts and tensors."""
-        return {
-            "measured": self.measured,
-            # Starts from before unfreezing are of other parameters: the next measurement drops them.
-            "starts": {} if self._has_other_params() else dict(self.starts),
-            "memory": copy.deepcopy(self.memory),
-        }
+        # Starts from before unfreezing are of other parameters: the next measurement drops them.
+        starts = {} if self._has_other_params() else dict(self.starts)
+        return self._tracking()._replace(starts=starts)._asdict()
 
-    def restore(self, measured: int, starts: dict[str, Tensor], memory: dict[str, Any]) -> None:
-        """Continue from the entries of a :meth:`state_dict`; the starts are :meth:`checked`."""
-        self.measured, self.starts, self.memory = measured, starts, copy.deepcopy(memory)
+    def read_state(self, state: Mapping[str, Any]) -> Tracking:
+        """Return what a :meth:`state_dict` holds, for :meth:`restore`, and change nothing.
+
+        Raises:
+            Exception: ``ValueError`` if the starts do not have the problem's size; or any error over an
+                entry of a wrong kind.
+        """
+        memory = dict(state.get("memory", {}))  # older checkpoints lack it
+        return Tracking(int(state["measured"]), self._checked(state["starts"]), memory)
+
+    def restore(self, tracking: Tracking) -> None:
+        """Continue from ``tracking``."""
+        self.measured, self.starts, memory = tracking
+        self.memory = copy.deepcopy(memory)
+
+    def forget_step(self) -> None:
+        """Free the gradient at the end of the last step."""
+        self.step_end_cache.end = None
 
     def _has_other_params(self) -> bool:
         try:
@@ -257,12 +286,8 @@ class Measurer:
         except ValueError:  # no parameter is trainable
             return True
 
-    def checked(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return saved ``starts`` on the problem's device, in its precision or rounded.
-
-        Raises:
-            ValueError: if they do not have the problem's size.
-        """
+    def _checked(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return saved ``starts`` on the problem's device, in its precision or rounded."""
         size = self.problem.num_params
         for name, subspace in starts.items():
             if subspace.shape[-1:] != (size,):

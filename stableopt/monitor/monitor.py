@@ -353,7 +353,7 @@ class StabilityMonitor:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._measurer.step_end_cache.end = None
+        self._measurer.forget_step()
         flush(self.sinks, self._warn)
 
     def __repr__(self) -> str:
@@ -388,12 +388,10 @@ class StabilityMonitor:
         """
         require_keys(state, ("step", "pending", "observed", "measured", "starts", "history"))
         # Read everything that can raise before changing anything.
-        starts = self._measurer.checked(state["starts"])
+        step, tracking = int(state["step"]), self._measurer.read_state(state)
         history = [StabilityMargins.from_dict(margins) for margins in state["history"]]
-        step, measured = int(state["step"]), int(state["measured"])
-        memory = dict(state.get("memory", {}))
         observed = [int(samples) for samples in state["observed"]]
         self.step, self.history = step, deque(history, maxlen=_HISTORY)
-        self._measurer.restore(measured, starts, memory)
+        self._measurer.restore(tracking)
         self._schedule.restore(pending=bool(state["pending"]))
         self._counter.restore(observed)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from monitored_runs import MSE, X, Y, linear
+from torch import Tensor
 
 from stableopt import Problem, UpdateRule
 from stableopt._support.warn_once import WarnOnce
@@ -85,12 +86,17 @@ def test_eigenvectors_are_those_of_matrices() -> None:
 def test_saved_eigenvectors_are_checked_before_they_are_used() -> None:
     """Catches a search that starts from vectors of another model or precision."""
     measuring = measurer()
-    starts = measuring.checked({"sharpness": torch.eye(2, dtype=torch.float64)})
-    assert starts["sharpness"].dtype == torch.float32
-    rounded = measuring.checked({"sharpness": torch.eye(2, dtype=torch.bfloat16)})
-    assert rounded["sharpness"].dtype == torch.bfloat16  # as of a large model
+
+    def starts(subspace: Tensor) -> Tensor:
+        state = {**measuring.state_dict(), "starts": {"sharpness": subspace}}
+        return measuring.read_state(state).starts["sharpness"]
+
+    assert starts(torch.eye(2, dtype=torch.float64)).dtype == torch.float32
+    # As of a large model.
+    assert starts(torch.eye(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"sharpness has shape \(3, 3\).*has 2 parameters"):
-        measuring.checked({"sharpness": torch.eye(3)})
+        starts(torch.eye(3))
+    assert measuring.starts == {}
 
 
 ALONE = OptimizerBlock("SGD", torch.optim.SGD([torch.zeros(1)], lr=0.1), UpdateRule(lr=0.1))
