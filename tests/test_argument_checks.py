@@ -56,9 +56,9 @@ def test_a_message_shows_no_data() -> None:
         (
             lambda: measure(model, loss_fn, tuple(part.numpy() for part in data)),
             TypeError,
-            "got a ndarray; convert arrays with torch.as_tensor",
+            "got an array; convert arrays with torch.as_tensor",
         ),
-        (lambda: StabilityRegion(0.3, 16), TypeError, "rule=0.3: expected a UpdateRule"),
+        (lambda: StabilityRegion(0.3, 16), TypeError, "rule=0.3: expected an UpdateRule"),
         (lambda: StabilityMargins()["edge_ratio"], KeyError, "expected margins.edge_ratio, or"),
         (
             lambda: AlarmRules(loss_factor=0.5),
@@ -86,8 +86,8 @@ def test_what_users_print_says_what_it_is(tmp_path: Path) -> None:
     failed = StabilityMargins(step=1_000, failure="not finite: the loss is nan")
     assert str(failed) == "step 1,000\nnot finite: the loss is nan"
     results = {"non_uniformity": QuantityResult(failure="no memory")}
-    text = str(StabilityMargins(step=2, loss=0.5, batch_size=4, results=results))
-    assert text == "step 2, loss 0.5, batch size 4\nnon-uniformity was not measured: no memory"
+    text = str(StabilityMargins(step=2, loss=0.5, batch_size=16_384, results=results))
+    assert text == "step 2, loss 0.5, batch size 16,384\nnon-uniformity was not measured: no memory"
 
 
 def test_missing_keys_are_named_and_others_allowed() -> None:

@@ -60,6 +60,24 @@ def test_parameters_without_gradient_are_named() -> None:
     assert not any("have no gradient" in note for note in found.notes)
 
 
+def test_unused_parameters_are_not_named() -> None:
+    """Catches a note on parameters that the loss does not depend on: they bound no rate."""
+
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.used(x)
+            return out
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 4)
+    found = stableopt.suggest(Partly(), MSE, (x, torch.tanh(x[:, :2])), batch_sizes=(4,))
+    assert not any("have no gradient" in note for note in found.notes)
+
+
 def test_a_rate_of_zero_hides_only_its_own_step() -> None:
     """Catches SGD's rate of one step lost because that of the running optimizer is 0."""
     model, data = small_network(), small_data()

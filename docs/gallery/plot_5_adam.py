@@ -26,7 +26,9 @@ loss_fn = nn.MSELoss()
 
 Q = ("sharpness", "preconditioned_sharpness", "non_uniformity")
 adam = torch.optim.Adam(model.parameters(), lr=3e-3)
-with stableopt.StabilityMonitor(adam, model, loss_fn, (x, y), every=10, quantities=Q) as monitor:
+with stableopt.StabilityMonitor(
+    adam, model, loss_fn, (x, y), every=10, quantities=Q, dataset_size=len(x)
+) as monitor:
     for _ in range(800):
         adam.zero_grad()
         loss = loss_fn(model(x), y)

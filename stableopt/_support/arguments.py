@@ -7,7 +7,16 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["finite_size", "instance", "non_negative", "positive", "require_keys", "shown", "whole"]
+__all__ = [
+    "finite_size",
+    "instance",
+    "non_negative",
+    "positive",
+    "require_keys",
+    "shown",
+    "whole",
+    "with_article",
+]
 
 T = TypeVar("T")
 
@@ -94,6 +103,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST and "\n" not in text else f"<{type(value).__name__}>"
 
 
+def with_article(noun: str) -> str:
+    """Return a name with its indefinite article.
+
+    >>> with_article("UpdateRule"), with_article("Problem")
+    ('an UpdateRule', 'a Problem')
+    """
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
 def instance(name: str, value: Any, kind: type[T]) -> T:
     """Return ``value`` if it is an instance of ``kind``, else raise a ``TypeError``.
 
@@ -101,7 +119,7 @@ def instance(name: str, value: Any, kind: type[T]) -> T:
     0.5
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{name}={shown(value)}: expected a {kind.__name__}")
+        raise TypeError(f"{name}={shown(value)}: expected {with_article(kind.__name__)}")
     return value
 
 

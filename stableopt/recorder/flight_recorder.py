@@ -203,7 +203,7 @@ class FlightRecorder:
         return {**self._log.state_dict(), "reports": [str(path) for path in self.reports]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`; steps that this recorder has seen are forgotten.
+        """Continue from a :meth:`state_dict`; steps and weights seen before are forgotten.
 
         Raises:
             ValueError: if an entry is missing.

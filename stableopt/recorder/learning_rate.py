@@ -44,6 +44,10 @@ _LATEST = 3
 _MAX_STABLE_MOVE = 0.2
 """Relative movement of a layer in one step that stable training makes only in its first steps."""
 
+_GREW, _FELL = 2.0, 2.0
+"""Factor of most losses over the first one with which training has never worked, and factor by which the
+learning rate has then not fallen."""
+
 _STILL = 10
 """Steps before an odd batch within which a runaway layer last moved far: its weights may have grown so
 much that later steps are relatively short."""
@@ -131,23 +135,23 @@ def warming_up(alarm: Alarm, evidence: Evidence) -> str | None:
 def high_from_the_start(alarm: Alarm, evidence: Evidence) -> str | None:
     """Return a sentence about a learning rate with which training has never worked, or ``None``.
 
-    It has not if the evidence begins with the first step, and most of the losses after it are above
-    its loss.
+    It has not if the evidence begins with the first step, most of the losses after it are more than
+    twice its loss, and the rate has not fallen by half since.
 
     >>> steps = [StepRecord(k, 20.0, loss=1.0 * k) for k in range(1, 31)]
     >>> high_from_the_start(Alarm("loss", 30, "the loss rose"), Evidence(steps, []))
-    'The learning rate is 20 since step 1, and most losses since then are above the first one.'
+    'The learning rate was 20 at step 1, and most losses since then are more than twice the first one.'
     """
-    losses = [s.loss for s in evidence.steps if s.loss is not None and s.step <= alarm.step]
-    if len(losses) < 2 or evidence.steps[0].step != 1 or evidence.starts_at_zero:
+    steps = [step for step in evidence.steps if step.step <= alarm.step]
+    if not steps or steps[0].step != 1 or steps[0].loss is None or evidence.starts_at_zero:
         return None
-    first, *later = map(finite_or_inf, losses)
-    if median(later) <= first:
+    first, *later = [finite_or_inf(step.loss) for step in steps if step.loss is not None]
+    fell = steps[-1].lr < steps[0].lr / _FELL
+    if fell or len(later) < _LATEST or not median(later) > _GREW * abs(first):
         return None
-    lr = evidence.steps[0].lr
     return (
-        f"The learning rate is {lr:.3g} since step 1, and most losses since then are above the first"
-        " one."
+        f"The learning rate was {steps[0].lr:.3g} at step 1, and most losses since then are more than"
+        " twice the first one."
     )
 
 

@@ -218,6 +218,8 @@ class PendingSteps:
         lrs = [None if group.get("lr") is None else _scalar(group["lr"]) for group in groups]
         if problem is not self._problem:  # as when layers thaw
             self._weights, self._problem = WeightSample(problem.params, problem.names), problem
+        if self._open is not None:  # a joint step that stays incomplete, or a step that raised
+            self._open.sample = None
         sample = self._weights.take()
         self._open = PendingStep(
             self._monitor.step + 1,

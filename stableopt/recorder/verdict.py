@@ -173,9 +173,10 @@ def _warm_up(case: _Case) -> Verdict | None:
 
 
 def _high_rate(case: _Case) -> Verdict | None:
-    if case.high_rate is None or case.edge is None:
+    edge, text = case.edge, case.high_rate
+    if edge is None or text is None:
         return None
-    return Verdict("learning rate", case.high_rate + case.edge_text, case.edge.layer, 1)
+    return Verdict("learning rate", text + case.edge_text + case.clipping_text, edge.layer, 1)
 
 
 def _sharp(case: _Case) -> Verdict | None:

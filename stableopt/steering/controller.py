@@ -19,11 +19,11 @@ from stableopt.steering.batch_laws import (
     batch_staircase,
     keep_batch_margin,
 )
-from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog, marks
+from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog, kind_of_change, marks
 from stableopt.steering.law_state import State, new_state
 from stableopt.steering.samplers import Resizable
 from stableopt.steering.scheduler import StabilityLR
-from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, resolved
+from stableopt.steering.target import OPEN, TargetRegion, resolved, why_unknown
 from stableopt.steering.target_status import Situation, target_status
 
 __all__ = ["StabilityController"]
@@ -229,11 +229,12 @@ class StabilityController:
         """Return the decisions on a new measurement, and the new memory."""
         target = resolved(self.target, margins)
         memory = replace(self._memory, target=target, last_step=margins.step)
-        if target.unit == "present":
+        why = why_unknown(target, self.monitor.update_rule)
+        if why is not None:
             if self.scheduler is not None:
                 return [], memory  # the scheduler has decided to hold
             size = float(self._batch_size or 0)
-            hold = Decision("batch_size", "hold", size, size, UNRESOLVED, step=margins.step)
+            hold = Decision("batch_size", "hold", size, size, why, step=margins.step)
             return [hold], memory
         decisions = []
         if self.batch is not None and target.non_uniformity != OPEN:
@@ -263,7 +264,9 @@ class StabilityController:
         decision, state = self._batch_law(measured, memory.batch_law)
         # The sampler takes the nearest multiple of its unit.
         local = self._local(decision.new) if decision.changes else self.batch.batch_size
-        return replace(decision, new=local * world().size), state
+        new = local * world().size
+        kind = kind_of_change(decision.kind, decision.old, new)
+        return replace(decision, kind=kind, new=new), state
 
     def _sharpness_settled(self, margins: StabilityMargins, memory: _Memory) -> tuple[bool, int]:
         """Return whether the sharpness has settled, so the batch size may change, and the new count.

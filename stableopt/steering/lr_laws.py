@@ -22,6 +22,7 @@ control-laws`` shows how):
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -316,16 +317,20 @@ def why_diverging(margins: StabilityMargins, loss_cap: float) -> str | None:
     """Return why training counts as diverging, by its loss; or ``None``."""
     if margins.failure is not None and margins.failure.startswith("not finite"):
         return margins.failure
-    if margins.loss is not None and not margins.loss <= loss_cap:
-        return f"the loss {margins.loss:.3g} is above its cap {loss_cap:.3g}"
-    return None
+    if margins.loss is None or margins.loss <= min(loss_cap, sys.float_info.max):
+        return None
+    if not math.isfinite(margins.loss):
+        return f"the loss is {margins.loss}"
+    return f"the loss {margins.loss:.3g} is above its cap {loss_cap:.3g}"
 
 
 def why_unusable(margins: StabilityMargins, name: str, value: float | None) -> str | None:
     """Return why a law cannot use the measurement ``value`` of the quantity ``name``; or ``None``."""
     if margins.failure is not None:
         return f"the measurement failed: {margins.failure}"
-    return f"the {name} was not measured" if value is None else None
+    if value is None:
+        return f"the {name} was not measured"
+    return None if math.isfinite(value) else f"the {name} is {value}"
 
 
 def _compound(factor: float, steps: float) -> float:

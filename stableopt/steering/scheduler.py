@@ -21,9 +21,9 @@ from stableopt.stability.rules.reader_registry import base_optimizer
 from stableopt.steering.agreement import decide_together, decision_is_due, new_margins
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
 from stableopt.steering.law_state import State, new_state
-from stableopt.steering.lr_laws import Law, LRMeasured, gated_staircase, keep_margin
+from stableopt.steering.lr_laws import Law, LRMeasured, gated_staircase, keep_margin, why_diverging
 from stableopt.steering.rollback import LastGood, kick
-from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr, resolved
+from stableopt.steering.target import OPEN, TargetRegion, at_lr, resolved, why_unknown
 
 __all__ = ["StabilityLR"]
 
@@ -259,8 +259,7 @@ class StabilityLR(LRScheduler):
         decisions, self._memory = decide_together(
             decide, self.decisions, self.monitor, dry_run=self.dry_run
         )
-        is_new = self._memory.last_step != before
-        if self._last_good is not None and is_new and self._memory.good == self._memory.last_step:
+        if self._last_good is not None and before != self._memory.last_step == self._memory.good:
             self._last_good.keep()
         changes = []
         for decision in decisions:
@@ -299,9 +298,10 @@ class StabilityLR(LRScheduler):
         """Return the decisions on a new measurement at the rate ``lr``, and the new memory."""
         restored, target = self._memory.restored, resolved(self.target, margins)
         memory = replace(self._memory, target=target, last_step=margins.step, restored=False)
-        if target.unit == "present":
-            return [Decision("lr", "hold", lr, lr, UNRESOLVED, step=margins.step)], memory
         rule = at_lr(self.monitor.update_rule, lr)
+        why = why_unknown(target, rule)
+        if why is not None:
+            return [Decision("lr", "hold", lr, lr, why, step=margins.step)], memory
         measured = LRMeasured(
             margins, rule, target, self.min_lr, self.max_lr, self.loss_cap, restored
         )
@@ -312,7 +312,7 @@ class StabilityLR(LRScheduler):
             restored = bool(restores) and not self.dry_run
             good = None if memory.unmeasured else memory.good
             return [decision, *restores], replace(memory, restored=restored, good=good)
-        if margins.failure is not None or not (margins.loss or 0.0) <= self.loss_cap:
+        if margins.failure is not None or why_diverging(margins, self.loss_cap) is not None:
             return [decision], memory
         if self._last_good is not None and not self.dry_run:
             memory = replace(memory, good=margins.step, unmeasured=False)
@@ -384,9 +384,9 @@ def _check(
             f"target {target} does not bound the sharpness, which the learning rate selects; for the"
             " non-uniformity, which the batch size selects, use StabilityController"
         )
-    rule = monitor.update_rule
-    if not (rule.has_limit or rule.awaits_step):
-        raise ValueError(f"optimizer: its limit, and so a rate, is not known: {rule.unknown}")
+    # Another limit may be unknown for now only, and the law then holds.
+    if (rule := monitor.update_rule).norm is not None:
+        raise ValueError(f"optimizer: the sharpness has no limit with it: {rule.unknown}")
     if "sharpness" not in monitor.quantities:
         raise ValueError(
             f"monitor: it measures {monitor.quantities}, and steering needs the sharpness"

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OPEN",
-    "UNRESOLVED",
     "Bounds",
     "TargetRegion",
     "at_lr",
     "bounded_values",
     "lr_at_limit",
     "resolved",
+    "why_unknown",
 ]
 
 Bounds = tuple[float, float]
@@ -44,7 +44,7 @@ Bounds = tuple[float, float]
 OPEN: Bounds = (0.0, math.inf)
 """Bounds that every value is within."""
 
-UNRESOLVED = "the target is relative to a measurement, and no good one exists yet"
+_UNRESOLVED = "the target is relative to a measurement, and no good one exists yet"
 
 _ROUNDED = 1 + 1e-9
 """Relative rounding error within which a batch size counts as a whole number."""
@@ -316,6 +316,13 @@ def resolved(target: TargetRegion, margins: StabilityMargins) -> TargetRegion:
         if target.bounds(name) != OPEN and not (value is not None and value > 0):
             return target
     return target.resolve(margins)
+
+
+def why_unknown(target: TargetRegion, rule: UpdateRule) -> str | None:
+    """Return why steering cannot act yet: no absolute region, or no limit; else ``None``."""
+    if target.unit == "present":
+        return _UNRESOLVED
+    return None if rule.has_limit else f"the limit is not known: {rule.unknown}"
 
 
 def bounded_values(margins: StabilityMargins) -> dict[str, float | None]:

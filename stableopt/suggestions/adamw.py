@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.curvature import Problem
+from stableopt.curvature import Hessian, Problem
 from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates
@@ -70,14 +70,22 @@ def expected_scales(
 
 
 def without_gradient(problem: Problem, moments: Moments) -> list[str]:
-    """Return the names of the parameters whose gradient is zero for all samples."""
-    parts = zip(
-        problem.names,
-        problem.unflatten(moments.mean),
-        problem.unflatten(moments.variance),
-        strict=True,
-    )
-    return [name for name, mean, variance in parts if not (mean.any() or variance.any())]
+    """Return the names of parameters with curvature whose gradient is zero for all samples.
+
+    Parameters that the loss does not depend on have no curvature.
+    """
+    parts = zip(problem.unflatten(moments.mean), problem.unflatten(moments.variance), strict=True)
+    still = [not (mean.any() or variance.any()) for mean, variance in parts]
+    hessian, names = Hessian(problem), []
+    for index, name in enumerate(problem.names):
+        if still[index]:
+            sizes = [shape.numel() for shape in problem.shapes]
+            generator = torch.Generator(problem.device).manual_seed(index)
+            vector = torch.zeros_like(moments.mean)
+            torch.split(vector, sizes)[index].normal_(generator=generator)
+            if (hessian @ vector).any():
+                names.append(name)
+    return names
 
 
 def gradient_stride(problem: Problem) -> int:

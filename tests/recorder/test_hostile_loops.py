@@ -379,3 +379,20 @@ def test_a_compiled_step_has_the_report_of_an_eager_one(
         run.monitor.close()
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][1] == [5]
+
+
+def test_joint_steps_that_stay_incomplete_keep_no_weights(tmp_path: Path) -> None:
+    """Catches a sample of the weights kept for each step of one optimizer while the other pauses."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    first, second = (torch.optim.SGD(part.parameters(), lr=0.01) for part in model)
+    x, y = torch.ones(4, 4), torch.zeros(4, 2)
+    with (
+        StabilityMonitor([first, second], model, nn.MSELoss(), (x, y), every=100) as monitor,
+        FlightRecorder(monitor, tmp_path, check_every=100) as recorder,
+    ):
+        for _ in range(5):
+            nn.MSELoss()(model(x), y).backward()
+            first.step()
+        pending = recorder._pending._pending
+        assert len(pending) == 5
+        assert sum(step.sample is not None for step in pending) == 1  # that of the open step

@@ -61,17 +61,20 @@ def test_a_rate_that_never_worked_is_blamed() -> None:
     measured = [measured_at(5, 90.0, {"0": 1.0}), measured_at(10, 300.0, {"0": 1.0})]
     result = verdict_on(steps, measured)
     assert (result.cause, result.step, result.layer) == ("learning rate", 1, "0")
-    assert result.text.endswith(
-        "The learning rate is 20 since step 1, and most losses since then are above the first one. The"
-        " sharpness was 90 times its limit at step 5, 100% of it in 0."
-    )
+    assert (
+        "The learning rate was 20 at step 1, and most losses since then are more than twice the first"
+        " one. The sharpness was 90 times its limit at step 5, 100% of it in 0. Gradients are clipped"
+    ) in result.text
     # Weights that started large are blamed first, and the rate is mentioned.
     large = verdict_on(steps, measured, {"0": 30.0, "2": 1.0})
     assert large.cause == "layer"
-    assert "The learning rate is 20 since step 1" in large.text
+    assert "The learning rate was 20 at step 1" in large.text
     # Training that worked before, or evidence without the first steps, has another cause.
     worked = [replace(each, loss=0.3 / k) for k, each in enumerate(steps, start=1)]
-    for others in (worked, steps[5:]):
+    calm = [replace(each, loss=1.0 + 0.2 * (-1) ** k) for k, each in enumerate(steps)]
+    fell = [replace(each, lr=20.0 / (1 + k // 20)) for k, each in enumerate(steps)]
+    silent = [replace(each, loss=None) if each.step == 1 else each for each in steps]
+    for others in (worked, calm, fell, silent, steps[5:], steps[:3]):
         assert verdict_on(others, measured).cause == "layer"
     later = [measured_at(3, 0.9), *measured]
     assert verdict_on(steps, later).cause == "layer"

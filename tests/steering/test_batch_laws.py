@@ -214,6 +214,18 @@ def test_a_margin_raises_the_batch_until_the_share_is_kept() -> None:
         keep_batch_margin(measured_at(4.0, 4), {})
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_numbers_that_are_not_finite_change_nothing(value: float) -> None:
+    """Catches a batch size that rises on a NaN, which then stays in the average."""
+    share = TargetRegion.within_limits(0.5)
+    for law, target in ((batch_staircase, UNIFORM), (keep_batch_margin, share)):
+        decision, state = law(measured_at(value, 8, target=target), {})
+        assert (decision.kind, decision.new) == ("hold", 8)
+        assert "mean" not in state
+    lost, _ = batch_staircase(measured_at(1.0, 8, loss=value), {})
+    assert (lost.kind, lost.new) == ("raise", 16)
+
+
 def test_a_bound_that_prevents_a_change_is_said() -> None:
     """Catches a decision to raise a batch size that is the largest already."""
     for size, options in ((1000, {}), (64, {"largest": 64})):

@@ -52,6 +52,7 @@ class Run:
         )
         self.loader = DataLoader(TensorDataset(X, Y), batch_sampler=self.sampler)
         options = {"every": 5, "quantities": BOTH, "tol": 0.03, "max_iter": 100, **options}
+        options.setdefault("dataset_size", 24)
         self.monitor = self.optimizer.track(self.model, MSE, (X, Y), **options)
         self.batches = self._supply()
 

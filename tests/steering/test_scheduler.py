@@ -94,9 +94,30 @@ def test_an_optimizer_without_a_limit_is_refused_at_once() -> None:
         lambda: StabilityController(monitor, FLAT),
     ):
         with pytest.raises(
-            ValueError, match="optimizer: its limit, and so a rate, is not known: Rpro"
+            ValueError, match="optimizer: the sharpness has no limit with it: Rprop"
         ):
             make()
+
+
+@pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
+@pytest.mark.parametrize("rate", [0.01, 1.0])
+def test_a_limit_that_is_unknown_for_now_is_waited_for(rate: float) -> None:
+    """Catches a refusal of Adafactor after ``zero_grad``, and an error after a step of its own size."""
+    run = Run()
+    optimizer = torch.optim.Adafactor(run.model.parameters(), lr=rate)
+    MSE(run.model(X), Y).backward()
+    optimizer.step()
+    optimizer.zero_grad()  # as in a resumed run
+    monitor = StabilityMonitor(optimizer, run.model, MSE, (X, Y), every=1)
+    scheduler = StabilityLR(optimizer, monitor, FLAT)
+    controller = StabilityController(monitor, FLAT, lr=scheduler)
+    MSE(run.model(X), Y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    controller.step()
+    (decision,) = scheduler.decisions
+    assert decision.kind == "hold"
+    assert decision.why.startswith("the limit is not known: ")
 
 
 def test_tensor_rates_are_changed_in_place() -> None:

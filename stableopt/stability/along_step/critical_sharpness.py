@@ -213,15 +213,16 @@ def _next_step(
     # The forward pass of the gradient also returns the loss.
     loss, gradient = problem.loss_and_gradient()
     if optimizers:
-        groups = [group for each in optimizers for group in each.param_groups]
-        if all("lr" in group and not float(group["lr"]) for group in groups):
+        rate = 1.0 if rule is None or not rule.lr else rule.lr
+        # An optimizer that maximizes changes the sign of the gradient itself.
+        change = trial_step(optimizers, problem, sign * gradient)
+        rates = [group.get("lr") for each in optimizers for group in each.param_groups]
+        are_zero = all(rate is not None and not float(rate) for rate in rates)
+        if are_zero and not problem.ranks.any(any(bool(part.any()) for part in change)):
             raise ValueError(
                 "optimizer: its learning rate is 0 now, so its step has no direction; set that of an"
                 " earlier or later step"
             )
-        rate = 1.0 if rule is None or not rule.lr else rule.lr
-        # An optimizer that maximizes changes the sign of the gradient itself.
-        change = trial_step(optimizers, problem, sign * gradient)
         along = [part.to(problem.dtype) / -rate for part in change]
     else:
         along = problem.unflatten(gradient)

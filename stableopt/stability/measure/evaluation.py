@@ -190,7 +190,8 @@ class Evaluation:
             preconditioner: P, for the eigenvalue of P times the operator.
             value: the quantity as a function of the eigenvalue.
             degree: the eigenvalue's relative error over the quantity's: 2 for a square root.
-            shares: whether to add the eigenvector's shares, which takes a Hessian as operator.
+            shares: whether to add the eigenvector's shares, which takes a Hessian as operator. Layers
+                have none if P has entries between parameters, as that of L-BFGS.
         """
         vectors = self.vectors_held()
         pair = top_eigenpair(
@@ -218,7 +219,7 @@ class Evaluation:
 
     def _shares(
         self, pair: Eigenpair, operator: Operator, preconditioner: StepPreconditioner | None
-    ) -> tuple[Layers, dict[str, float]]:
+    ) -> tuple[Layers | None, dict[str, float]]:
         """Return the eigenvector's shares by layer; those of gradient and step in its subspace."""
         problem = self.problem
         inner = InnerProduct.for_operator(operator, preconditioner)
@@ -241,7 +242,8 @@ class Evaluation:
         )
         if loss is not None:
             self._loss = loss_on_host
-        return layers, details
+        has_shares = preconditioner is None or preconditioner.by_parameter
+        return layers if has_shares else None, details
 
     def _change(self, *, scaled: bool) -> Tensor | None:
         """Return the step just taken ``(d,)``, ``scaled`` to the rule's coordinates; else ``None``."""

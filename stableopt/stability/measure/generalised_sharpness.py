@@ -23,6 +23,7 @@ fixed point is found by iteration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -273,21 +274,30 @@ class _Ascent:
     def ascend(self, point: Tensor) -> _AscentEnd:
         """Ascend from ``point`` until the gain is small."""
         image, value = self._product_and_form(point)
+        # Where no curvature is positive, the values tend to zero, and are no scale for gains.
+        largest, is_vertex, converged = abs(value), True, False
         for _ in range(1, self._max_iter):
             vertex, _ = self._ball.oracle(image)
-            vertex_image, _ = self._product_and_form(vertex)
+            vertex_image = self._image(vertex)
             step, step_image = vertex - point, vertex_image - image
-            numbers = torch.stack([self._inner.dot(step, image), self._inner.dot(step, step_image)])
-            slope, curvature = self._inner.on_host(numbers).tolist()
+            slope, curvature = self._numbers(
+                self._inner.dot(step, image), self._inner.dot(step, step_image)
+            )
             # Along the step the form is value + 2 t slope + t^2 curvature, for t up to 1.
             length = slope / -curvature if curvature < -slope < 0 else 1.0
             gain = length * (2 * slope + length * curvature)
             # At a fixed point the slope is zero, up to the sign of a rounding error.
-            if slope <= 0 or gain <= _SETTLED * self._tol * abs(value):
-                return _AscentEnd(value, point, True)
-            point = vertex if length == 1.0 else point + length * step
-            image, value = image + length * step_image, value + gain
-        return _AscentEnd(value, point, False)
+            if slope <= 0 or gain <= _SETTLED * self._tol * largest:
+                converged = True
+                break
+            is_vertex = length == 1.0
+            point = vertex if is_vertex else point + length * step
+            image = vertex_image if is_vertex else image + length * step_image
+            value += gain
+            largest = max(largest, abs(value))
+        if not is_vertex:  # the sum of gains has their rounding errors
+            _, value = self._product_and_form(point)
+        return _AscentEnd(value, point, converged)
 
     def repeat_oracle(self, point: Tensor) -> _AscentEnd:
         """Iterate the oracle from ``point``; return the mean value of the last iterations."""
@@ -303,12 +313,22 @@ class _Ascent:
 
     def _product_and_form(self, point: Tensor) -> tuple[Tensor, float]:
         """Return the scaled Hessian times ``point``, and the quadratic form at ``point``."""
+        image = self._image(point)
+        (value,) = self._numbers(self._inner.dot(point, image))
+        return image, value
+
+    def _image(self, point: Tensor) -> Tensor:
+        """Return the scaled Hessian times ``point``."""
         radii = self._ball.radii
-        image = radii * (self._hessian @ (radii * point))
         self.products += 1
-        (value,) = self._inner.on_host(self._inner.dot(point, image)[None]).tolist()
-        if not abs(value) < float("inf"):
+        image: Tensor = radii * (self._hessian @ (radii * point))
+        return image
+
+    def _numbers(self, *forms: Tensor) -> list[float]:
+        """Return forms of the latest product on the host, by one transfer; all must be finite."""
+        numbers: list[float] = self._inner.on_host(torch.stack(forms)).tolist()
+        if not all(map(math.isfinite, numbers)):
             raise NonFiniteError(
                 f"product {self.products} of the generalised sharpness is not finite"
             )
-        return image, value
+        return numbers

@@ -108,10 +108,10 @@ def _summary(
 
 def _shares(evaluation: Evaluation) -> Layers:
     """Return names, sizes and shares of the blocks, from the measurement of the joint sharpness."""
-    for name in ("preconditioned_sharpness", "sharpness"):
-        layers = evaluation.result(name).layers
-        if layers is not None:
-            return layers
+    name = "preconditioned_sharpness" if evaluation.preconditioned else "sharpness"
+    layers = evaluation.result(name).layers
+    if layers is not None:
+        return layers
     return without_columns(evaluation.blocks, full_sizes(evaluation.problem.params))
 
 

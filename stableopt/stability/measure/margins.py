@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, overload
 from stableopt.curvature.spectrum.density import SpectralDensity
 from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
-from stableopt.stability.measure.registry import QUANTITIES, results_table, split
+from stableopt.stability.measure.registry import QUANTITIES, split, text_lines
 
 __all__ = ["EdgeSplit", "StabilityMargins"]
 
@@ -170,9 +170,10 @@ class StabilityMargins:
             name: result.compared(lr, limits_lr=name in QUANTITIES and QUANTITIES[name].limits_lr)
             for name, result in _with_numbers(results or {}, numbers, measurements or {}).items()
         }
+        names = (*_RUN_FIELDS, "results", "failure", "method")
         values = (step, lr, batch_size, dataset_size, loss, results, failure, method)
-        for each, value in zip(dataclasses.fields(self), values, strict=True):
-            object.__setattr__(self, each.name, value)
+        for name, value in zip(names, values, strict=True):
+            object.__setattr__(self, name, value)
 
     def __getitem__(self, name: str) -> QuantityResult:
         """Return the result of one quantity, empty if it was not measured.
@@ -242,9 +243,11 @@ class StabilityMargins:
     def layers(self) -> Layers | None:
         """The quantity ``"layers"``, else each layer's share of the top eigenvector.
 
-        The eigenvector is that of :attr:`limited_sharpness`. ``None`` if neither was measured.
+        The eigenvector is that of :attr:`limited_sharpness`. ``None`` if neither was measured, and if P
+        has entries between parameters, as that of L-BFGS: layers then have no shares.
         """
-        for name in ("layers", "preconditioned_sharpness", "sharpness"):
+        has_p = self.preconditioned_sharpness is not None
+        for name in ("layers", "preconditioned_sharpness" if has_p else "sharpness"):
             if (layers := self[name].layers) is not None:
                 return layers
         return None
@@ -280,10 +283,8 @@ class StabilityMargins:
         return sum(m.seconds for m in self.measurements.values())
 
     def __str__(self) -> str:
-        numbers = {"loss": self.loss, "lr": self.lr, "batch size": self.batch_size}
-        known = (f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
-        head = ", ".join([f"step {self.step:,}", *known])
-        return "\n".join(filter(None, [head, *results_table(self.results), self.failure]))
+        run = {"step": self.step, "loss": self.loss, "lr": self.lr, "batch size": self.batch_size}
+        return "\n".join(filter(None, [*text_lines(run, self.results), self.failure]))
 
     def record(self) -> dict[str, float]:
         """Return the record that sinks receive: every known number by name, ratios included.
@@ -319,14 +320,13 @@ class StabilityMargins:
             if result.density is not None
         }
         layers = {name: result.layers.to_dict() for name, result in results if result.layers}
+        optional: dict[str, Any] = {"failures": self.failures, "details": details}
+        optional |= {"densities": densities, "layers_of": layers}
         return {
             **{name: getattr(self, name) for name in _RUN_FIELDS},
             **self._numbers(*_STORED_PARTS),
             "measurements": measurements,
-            **({"failures": self.failures} if self.failures else {}),
-            **({"details": details} if details else {}),
-            **({"densities": densities} if densities else {}),
-            **({"layers_of": layers} if layers else {}),
+            **{name: part for name, part in optional.items() if part},
             "failure": self.failure,
             "method": self.method,
         }
@@ -339,8 +339,7 @@ class StabilityMargins:
         >>> StabilityMargins.from_dict(margins.to_dict()) == margins
         True
         """
-        fields = (*_RUN_FIELDS, "failure", "method")
-        common = {name: state[name] for name in fields if name in state}
+        common = {key: state[key] for key in (*_RUN_FIELDS, "failure", "method") if key in state}
         # All other keys are numbers, also of quantities that are not registered here.
         others = (*common, "measurements", "failures", "details", "densities", "layers_of")
         numbers = {name: state[name] for name in state if name not in others}

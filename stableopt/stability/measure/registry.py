@@ -28,8 +28,8 @@ __all__ = [
     "Need",
     "Quantity",
     "register",
-    "results_table",
     "split",
+    "text_lines",
 ]
 
 Need = Literal[
@@ -232,23 +232,30 @@ def register(quantity: Quantity) -> Quantity:
     return quantity
 
 
-def results_table(results: Mapping[str, QuantityResult]) -> list[str]:
-    """Return a table of results as lines of text: value, limit and ratio, and what failed below.
+def text_lines(
+    numbers: Mapping[str, float | None], results: Mapping[str, QuantityResult]
+) -> list[str]:
+    """Return known numbers, a table of results, and what failed, as lines of text.
 
-    >>> for line in results_table({"sharpness": QuantityResult(15.0, 20.0, 0.75)}):
+    >>> for line in text_lines({"step": 1000}, {"sharpness": QuantityResult(15.0, 20.0, 0.75)}):
     ...     print(line)
+    step 1,000
     quantity   value  limit  ratio
     sharpness     15     20   0.75
     """
+    known = {name: number for name, number in numbers.items() if number is not None}
+    head = ", ".join(
+        f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in known.items()
+    )
     rows, failures = [["quantity", "value", "limit", "ratio"]], []
     for name, result in results.items():
         title = QUANTITIES[name].title if name in QUANTITIES else name
         if result.failure is not None:
             failures.append(f"{title} was not measured: {result.failure}")
         if result.value is not None:
-            numbers = (result.value, result.limit, result.ratio)
-            rows.append([title, *("–" if x is None else f"{x:.4g}" for x in numbers)])
-    return [*(aligned(rows) if len(rows) > 1 else []), *failures]
+            cells = (result.value, result.limit, result.ratio)
+            rows.append([title, *("–" if x is None else f"{x:.4g}" for x in cells)])
+    return [head, *(aligned(rows) if len(rows) > 1 else []), *failures]
 
 
 def split(key: str) -> tuple[str, str]:

@@ -219,7 +219,7 @@ def largest_variance(kept: float, pair: Filter, mean: float | None = None) -> fl
         except np.linalg.LinAlgError:
             second_moment = math.inf
         # At the ends of the stable range it is infinite, and rounding may make it negative.
-        return 1 / second_moment if second_moment > 0 else 0.0
+        return 0.0 if second_moment <= 0 else 1 / second_moment
 
     if mean is not None:
         return variance(mean)

@@ -38,11 +38,14 @@ class StepPreconditioner(abc.ABC):
         params: the parameters, in the order of a flat vector.
         shapes: shapes of the parameters' real views: ``(..., 2)`` for complex ones.
         diagonal: whether P is a diagonal matrix.
+        by_parameter: whether P has no entries between parameters, so that each has its share of an
+            eigenvector.
         shrink: the largest share :math:`1 - c` of a parameter that decoupled weight decay removes in a
             step, if the shares differ and P contains a factor :math:`2/(1 + c)` for each; else 0.
     """
 
     diagonal = False
+    by_parameter = False
     shrink = 0.0
 
     def __init__(self, params: Iterable[Tensor]) -> None:
@@ -95,6 +98,7 @@ class _Submatrix(StepPreconditioner):
     def __init__(self, full: StepPreconditioner, params: Sequence[Tensor]) -> None:
         super().__init__(params)
         self._full, self._kept = full, full._indices(params)
+        self.by_parameter = full.by_parameter
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         padded = [tensors[0].new_zeros(shape) for shape in self._full.shapes]
@@ -119,7 +123,7 @@ class DiagonalPreconditioner(StepPreconditioner):
     tensor([1.0000, 2.0000, 0.5000])
     """
 
-    diagonal = True
+    diagonal = by_parameter = True
 
     def __init__(self, params: Iterable[Tensor], entries: Iterable[Tensor | float]) -> None:
         super().__init__(params)

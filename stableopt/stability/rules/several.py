@@ -102,6 +102,7 @@ class BlockPreconditioner(StepPreconditioner):
     def __init__(self, blocks: Iterable[StepPreconditioner], factors: Iterable[float]) -> None:
         self._blocks, self._factors = tuple(blocks), tuple(factors)
         super().__init__(p for block in self._blocks for p in block.params)
+        self.by_parameter = all(block.by_parameter for block in self._blocks)
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Apply each block to its own tensors."""

@@ -246,17 +246,24 @@ class UpdateRule:
             kept = 1 - self.lr * self.decoupled_weight_decay
             edge = lookahead_edge(kept, step.as_filter, *self.lookahead)
             return edge / self.lr - step.weight_decay
-        limit = step.max_sharpness
-        if self.ascent and limit < math.inf:
-            # The root of h + ascent h^2 = limit, without cancellation.
-            return 2 * limit / (1 + math.sqrt(1 + 4 * self.ascent * limit))
-        return limit
+        return self._before_ascent(step.max_sharpness)
 
     @property
     def min_sharpness(self) -> float:
         """The smallest stable sharpness: :func:`~stableopt.stability.rules.limits.min_sharpness`."""
         self._require_limit()
-        return self.linear_step.min_sharpness
+        return self._before_ascent(self.linear_step.min_sharpness)
+
+    def _before_ascent(self, effective: float) -> float:
+        """Return the curvature h that acts like ``effective`` after SAM's ascent, by h + ascent h^2.
+
+        Where no h does, it is the h at which this turns, -1/(2 ascent).
+        """
+        if not self.ascent or math.isinf(effective):
+            return effective
+        # The root without cancellation.
+        root = math.sqrt(max(0.0, 1 + 4 * self.ascent * effective))
+        return 2 * effective / (1 + root) if root else -0.5 / self.ascent
 
     def max_non_uniformity(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -246,6 +247,37 @@ def test_only_weighted_losses_are_weighed() -> None:
         torch.testing.assert_close(
             problem.gradient(), problem.flatten(expected), rtol=1e-5, atol=1e-6
         )
+
+
+def test_batches_of_other_forms_keep_their_weights() -> None:
+    """Catches a sample without weight that is replaced by one with other tensors, or another length."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        losses = sum(model(x.mean(1)).square().squeeze(1) for x in batch["xs"])
+        return (losses * batch["w"]).sum() / batch["w"].sum()
+
+    def batch(lists: int, length: int, *weights: float) -> Any:
+        xs = [torch.randn(len(weights), length, 2) for _ in range(lists)]
+        return {"xs": xs, "w": torch.tensor(weights)}
+
+    data = [batch(1, 3, 1.0, 0.0), batch(2, 3, 0.0, 2.0), batch(1, 5, 1.0)]
+    problem = Problem.from_batch_loss(model, loss, data, sample_weight=lambda b: b["w"])
+    whole = float(Hessian(problem).__matmul__(torch.ones(3)).sum())
+    weighted = 0.0
+    for each in data:
+        for k in range(len(each["w"])):
+            one = {"xs": [x[k : k + 1] for x in each["xs"]], "w": torch.ones(1)}
+            single = Problem.from_batch_loss(model, loss, one)
+            weighted += float(each["w"][k]) * float((Hessian(single) @ torch.ones(3)).sum())
+    assert whole == pytest.approx(weighted / 4, rel=1e-5)
+    # Of every form some sample has a weight, so each sample has a Hessian of its own.
+    vmapped, looped = (
+        NonUniformity(problem, method=method) @ torch.ones(3) for method in ("vmap", "loop")
+    )
+    assert torch.allclose(vmapped, looped, rtol=1e-4)
+    assert bool(looped.isfinite().all())
 
 
 def test_all_weights_zero_are_an_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -298,3 +299,26 @@ def test_a_trial_step_draws_no_random_numbers_of_training() -> None:
     before = torch.get_rng_state()
     critical_sharpness(model, half_squares, data, optimizer=Noisy(model.parameters(), lr=0.1))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rate", [None, 0.0])
+def test_an_optimizer_may_move_without_a_rate(rate: float | None) -> None:
+    """Catches a refusal of optimizers that find their own rate, as Adafactor with relative steps."""
+
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": rate})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p -= 0.1 * p.grad
+
+    model = nn.Linear(1, 1, bias=False).double()
+    data = torch.ones(2, 1).double(), torch.zeros(2, 1).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # its limit is not known
+        found = critical_sharpness(model, nn.MSELoss(), data, optimizer=Own(model.parameters()))
+    # The loss w^2 rises at the step 1 w = 10 times the optimizer's own.
+    assert found.lr == pytest.approx(10.0, rel=1e-2)

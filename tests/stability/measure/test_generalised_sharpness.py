@@ -125,6 +125,25 @@ def test_negative_curvature_lowers_no_maximum(diagonal: tuple[float, float], bes
         assert found.converged
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_positive_curvature_the_search_ends(dtype: torch.dtype) -> None:
+    """Catches gains compared with a value that tends to zero, and a value that is a sum of roundings."""
+    drawn = torch.randn(200, 200, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    matrix = -(drawn @ drawn.T) / 200 - torch.eye(200, dtype=dtype)
+    gradient = torch.ones(200, dtype=dtype)
+    found = search(
+        Dense(matrix),
+        gradient,
+        SignNorm([torch.zeros(200)], lr=0.1),
+        tol=1e-3,
+        max_iter=100,
+        seed=0,
+    )
+    assert found.value == 0.0
+    assert found.converged
+    assert found.products < 150
+
+
 def test_an_approximate_oracle_at_zero_gradient() -> None:
     """Catches an iteration that starts at the oracle of zero, which is zero."""
     norm = NewtonSchulzNorm([torch.zeros(2, 2)], lr=0.1)

@@ -10,9 +10,10 @@ import torch
 import torch_optimizer
 from torch import Tensor, nn
 
-from stableopt import StabilityMonitor, UpdateRule, measure, suggest
+from stableopt import StabilityMargins, StabilityMonitor, TargetRegion, UpdateRule, measure, suggest
 from stableopt.stability.rules.filters import lookahead_edge, momentum_filter
 from stableopt.stability.rules.several import rule_of
+from stableopt.steering.lr_laws import LRMeasured, gated_staircase
 from stableopt.steering.target import lr_at_limit
 
 
@@ -256,3 +257,19 @@ def test_sinks_and_suggestions_of_lookahead(
     assert "non_uniformity_limit" not in record
     with pytest.raises(TypeError, match="expected an Adam or AdamW"):
         suggest(network, nn.MSELoss(), data, optimizer=optimizer)
+
+
+def test_limits_with_decay_and_ascent_have_closed_forms() -> None:
+    """Catches the root of a negative number, and a lower limit without the ascent."""
+    rule = UpdateRule(lr=0.1, weight_decay=2.0, ascent=0.07)
+    # A mode h steps as h + ascent h^2 + decay: the factor is 1 at the lower limit, -1 at the upper.
+    for limit, factor in ((rule.min_sharpness, 1.0), (rule.max_sharpness, -1.0)):
+        effective = limit + 0.07 * limit**2 + 2.0
+        assert 1 - 0.1 * effective == pytest.approx(factor, abs=1e-12)
+    assert rule.min_sharpness == pytest.approx(-2.405, abs=1e-3)
+    # The decay alone is unstable, and no curvature makes up for it.
+    decaying = UpdateRule(lr=0.1, weight_decay=30.0, ascent=1.0)
+    assert decaying.max_sharpness == -0.5
+    margins = StabilityMargins(step=1, sharpness=1.0)
+    measured = LRMeasured(margins, decaying, TargetRegion(sharpness=(0, 10.0)))
+    assert gated_staircase(measured, {})[0].kind == "lower"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
-from stableopt._support.arguments import whole
+from stableopt._support.arguments import whole, with_article
 
 __all__ = ["Batches", "map_tensors", "sample_count", "tensors_in"]
 
@@ -238,13 +238,16 @@ def has_length(source: Any) -> bool:
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+    kind = with_article("array" if _is_array(value) else type(value).__name__)
+    return f"{kind} of {len(value)}" if isinstance(value, (tuple, list)) else kind
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__array__") and not isinstance(value, Tensor)
 
 
 def _remedy(value: Any) -> str:
-    if hasattr(value, "__array__") and not isinstance(value, Tensor):
+    if _is_array(value):
         return "convert arrays with torch.as_tensor"
     return "for dictionaries and models with their own loss use Problem.from_batch_loss"
 

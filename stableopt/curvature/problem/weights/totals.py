@@ -19,6 +19,7 @@ from stableopt.curvature.problem.weights.weights import (
     SampleWeights,
     WeightedMean,
     WeightedMeans,
+    form_of,
 )
 
 __all__ = [
@@ -134,22 +135,23 @@ class WeightTotals:
     ) -> tuple[WeightTotals, GivenWeights]:
         """Return the totals of the user's weights, which are attached to ``chunks``.
 
-        Also return the weights, with a ``stand_in`` if it is needed.
+        Also return the weights, with ``stand_ins`` if a sample has weight zero.
 
         Raises:
             ValueError: if the number of weights is not that of the samples.
         """
         n, total = 0, 0.0
-        has_zero, heaviest = False, None
+        has_zero, heaviest = False, dict[Any, Any]()
         for batch in chunks:
             n, total = n + len(batch.weight), total + float(batch.weight.sum())
             has_zero = has_zero or bool((batch.weight == 0).any())
-            if heaviest is None and float(batch.weight.max()) > 0:
+            if form_of(batch) not in heaviest and float(batch.weight.max()) > 0:
                 index = int(batch.weight.argmax())
-                heaviest = map_tensors(Tensor.clone, cut(batch, index, index + 1))
+                sample = map_tensors(Tensor.clone, cut(batch, index, index + 1))
+                heaviest[form_of(batch)] = sample
         weights.check_number(n)
         if has_zero:
-            weights = dataclasses.replace(weights, stand_in=heaviest)
+            weights = dataclasses.replace(weights, stand_ins=heaviest)
         return cls(n, (total,), False), weights
 
 

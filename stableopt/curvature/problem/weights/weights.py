@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import abc
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ __all__ = [
     "SampleWeights",
     "WeightedMean",
     "WeightedMeans",
+    "form_of",
 ]
 
 _OF_CLASSES = (
@@ -233,8 +234,9 @@ class GivenWeights(SampleWeights):
         given: the samples' weights ``(n,)``, or a function of a batch that returns them.
         paired: whether batches are pairs.
         average: the average weight of a sample.
-        stand_in: a sample with a positive weight, if some sample has weight zero. It replaces a batch
-            without weight, whose loss is 0/0; its own loss is then multiplied by zero.
+        stand_ins: samples with a positive weight, by :func:`form_of`, if some sample has weight zero.
+            They replace batches without weight, whose loss is 0/0; their own loss is then multiplied by
+            zero. Each batch is copied for that.
 
     >>> weights = GivenWeights(torch.tensor([1.0, 3.0]), paired=True, average=2.0)
     >>> batch = weights.attached((torch.ones(1), torch.zeros(1)), 1, 1)
@@ -245,7 +247,7 @@ class GivenWeights(SampleWeights):
     given: Tensor | Callable[[Any], Tensor]
     paired: bool
     average: float = 1.0
-    stand_in: Any = field(default=None, repr=False, compare=False)
+    stand_ins: Mapping[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.given, Tensor) and not callable(self.given):
@@ -304,25 +306,34 @@ class GivenWeights(SampleWeights):
     ) -> Tensor:
         r"""Return the mean of the samples' :math:`\tilde f_i`."""
         weight: Tensor = batch.weight
-        if self.stand_in is not None:
-            batch = _with_weight(batch, self.stand_in)
+        if self.stand_ins:
+            batch = _with_weight(batch, self.stand_ins.get(form_of(batch)))
         loss = evaluate(batch if self.paired else batch.batch)
         return loss * (weight.mean() / self.average).to(loss.dtype)
 
 
-def _with_weight(batch: Any, stand_in: Any) -> Any:
+def form_of(batch: Any) -> tuple[Any, ...]:
+    """Return what the batches have in common in which one sample can replace another.
+
+    >>> form_of((torch.zeros(3, 2), torch.tensor(1.0))) == form_of((torch.ones(1, 2), torch.tensor(2.0)))
+    True
+    """
+    return tuple(t.shape[1:] if t.dim() else None for t in tensors_in(batch))
+
+
+def _with_weight(batch: Any, stand_in: Any | None) -> Any:
     """Return the batch, or copies of the sample ``stand_in`` if all of its samples have weight zero.
 
-    The choice is part of the computation, since vmap takes no branches.
+    The choice is part of the computation, since vmap takes no branches. No sample of the same form may
+    have a weight, as in padded texts of several lengths; then the batch stays as it is.
     """
+    if stand_in is None:
+        return batch
     weightless = (batch.weight == 0).all()
     others = iter(list(tensors_in(stand_in)))
 
     def chosen(t: Tensor) -> Tensor:
         other = next(others)
-        # Batches may differ in shape, as padded texts do; then the sample cannot replace them.
-        if not t.dim() or t.shape[1:] != other.shape[1:]:
-            return t
-        return torch.where(weightless, other.to(t.dtype), t)
+        return torch.where(weightless.to(t.device), other.to(t), t) if t.dim() else t
 
     return map_tensors(chosen, batch)

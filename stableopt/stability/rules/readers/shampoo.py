@@ -47,6 +47,8 @@ class KroneckerPreconditioner(StepPreconditioner):
         spectra: for each parameter the eigenvalues p, in its shape.
     """
 
+    by_parameter = True
+
     def __init__(
         self,
         params: Sequence[Tensor],
