@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         code: int = app.cli(
             prog="python -m benchmarks", description=__doc__, args=arguments, config=()
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
     return code
@@ -102,6 +102,13 @@ def run(
     if not names:
         raise ValueError(f"run: expected NAME, one or more of {', '.join(NAMES)}, or all")
     all_names = "all" in names
+    for name in names:
+        if name != "all":
+            experiment_class(name)  # raises for an unknown one, also beside "all"
+    if ensemble < 0:
+        raise ValueError(f"--ensemble {ensemble}: expected at least 0")
+    if seeds is not None and not seeds.strip():
+        raise ValueError("--seeds is empty: expected numbers, as in 0,1,2")
     settings = [*set, *([f"seeds={seeds}"] if seeds else [])]
     experiments = [
         _configured(name, preset, data, settings, any_data=all_names)

@@ -69,7 +69,8 @@ class SweepRunner:
     ) -> Summary:
         """Run the jobs; print and publish the results."""
         store, console = self.store, self.console
-        remember(experiment, preset, store)
+        if remember(experiment, preset, store):
+            console.print("replaces tables and figures of other settings; another --out keeps both")
         headline = partial(experiment.headline, store=store)
         with Bars(in_order(jobs), store, console, headline, self.device) as bars:
             summary = run_all(

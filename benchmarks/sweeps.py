@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,14 +15,18 @@ from benchmarks.runner.files import read_json, write_json
 __all__ = ["remember", "remembered"]
 
 
-def remember(experiment: Experiment, preset: str, store: Store) -> None:
-    """Write an experiment and its settings into the store's folder ``sweeps``."""
+def remember(experiment: Experiment, preset: str, store: Store) -> bool:
+    """Write an experiment and its settings into the store's folder ``sweeps``.
+
+    Return whether they replace other settings, whose tables and figures are then replaced as well.
+    """
     sweeps = store.root / "sweeps"
     sweeps.mkdir(parents=True, exist_ok=True)
     path = sweeps / f"{preset}-{experiment.data}-{experiment.name}.json"
-    write_json(
-        path, {"experiment": experiment.name, "preset": preset, "settings": experiment.settings}
-    )
+    sweep = {"experiment": experiment.name, "preset": preset, "settings": experiment.settings}
+    replaces = path.exists() and read_json(path) != json.loads(json.dumps(sweep))
+    write_json(path, sweep)
+    return replaces
 
 
 def remembered(
@@ -37,7 +42,7 @@ def remembered(
             sweep = read_json(path)
             experiment = experiment_class(sweep["experiment"]).from_json(sweep["settings"])
             sweeps.append((NAMES.index(experiment.name), sweep["preset"], path.name, experiment))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             skipped(path, error)
     for _, preset, _, experiment in sorted(sweeps, key=lambda sweep: sweep[:3]):
         yield preset, experiment

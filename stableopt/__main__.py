@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = read_run(chosen.path)
             for text in run.skipped:
                 print(f"skipped {text}", file=sys.stderr)
-            print(write_run(run, chosen.path, chosen.out))
+            written = str(write_run(run, chosen.path, chosen.out))
+            encoding = sys.stdout.encoding or "utf-8"
+            print(written.encode(encoding, "backslashreplace").decode(encoding))
         except (ImportError, OSError, ValueError) as error:
             parser.error(str(error))
         return 0

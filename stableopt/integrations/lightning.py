@@ -16,6 +16,7 @@ import importlib
 import inspect
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,6 +97,8 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         super().__init__(data, batch_loss, **options)
         self._index = optimizer
         self._state: dict[str, Any] = {}
+        self._has_loaded = False
+        self._trainer: Callable[[], Any] = _nobody  # the trainer of the last training
         self._published: StabilityMargins | None = None
         self._has_started = False
 
@@ -112,7 +115,10 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         """Create the monitor, now that optimizers, checkpoint and the module's own hooks are ready."""
         self._has_started = True
         measured = self._measured_optimizers(trainer.optimizers)
-        state = self._state if trainer.global_step else {}
+        # Without a state in the checkpoint, that of another training is not continued.
+        continues = self._has_loaded or self._trainer() is trainer
+        state = self._state if trainer.global_step and continues else {}
+        self._has_loaded, self._trainer = False, weakref.ref(trainer)
         defaults = {"process_group": group_of(trainer.strategy.model)}
         if len(measured) < len(trainer.optimizers):
             defaults["params"] = _params_of(measured[0], pl_module)
@@ -166,7 +172,7 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep ``state_dict`` for the monitor that the next training creates."""
-        self._state = dict(state_dict)
+        self._state, self._has_loaded = dict(state_dict), True
 
     def _close(self) -> None:
         super()._close()
@@ -258,6 +264,10 @@ def _mute(pl_module: nn.Module) -> Iterator[None]:
             for name in names:
                 vars(module).pop(name, None)
             vars(module).update(attributes)
+
+
+def _nobody() -> None:
+    return None
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -114,14 +114,18 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
             trainer.add_callback(self)
         if self._trainer() is not trainer:
             self._trainer = weakref.ref(trainer)  # weak, since the trainer holds the callback
-            trainer.train = self._closing(trainer.train)
+            trainer.train = self._closing(trainer.train, self._trainer)
         return self
 
-    def _closing(self, train: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``train`` wrapped so that an error closes the monitor; callbacks have no such event."""
+    def _closing(self, train: Callable[..., Any], trainer: Callable[[], Any]) -> Callable[..., Any]:
+        """Return ``train`` wrapped so that an error closes the monitor; callbacks have no such event.
+
+        Several trainers may hold the callback: it logs through the one that trains.
+        """
 
         @functools.wraps(train)
         def closing(*args: Any, **kwargs: Any) -> Any:
+            self._trainer = trainer
             try:
                 return train(*args, **kwargs)
             except BaseException:

@@ -124,8 +124,13 @@ def _batch(parts: Sequence[list[Any] | Tensor]) -> list[Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (bool, int, float, str)) or value is None:
+    if value is None:
         return value
+    for kind in (bool, int, float, str):
+        if isinstance(
+            value, kind
+        ):  # also of a subclass, such as numpy.str_, which pickles as itself
+            return kind(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     shape = tuple(getattr(value, "shape", (0,)))

@@ -129,7 +129,7 @@ def report_folder(path: str | os.PathLike[str]) -> Path:
     place = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
     if os.path.lexists(place) and not os.path.isdir(place):
         raise ValueError(f"folder={str(path)!r}: expected a folder, and {place} is not one")
-    return folder
+    return folder.absolute()  # the program may change its working directory
 
 
 def reason_of(error: Exception) -> str:
@@ -227,7 +227,8 @@ def _measured_row(record: MeasuredRecord) -> str:
     margins, shares = record.margins, list(record.shares.items())[:3]
     layers = ", ".join(f"`{name}` {share:.0%}" for name, share in shares)
     cells = (margins.loss, record.ratio, margins.non_uniformity_ratio)
-    return f"| {record.step} | {' | '.join(map(_number, cells))} | {margins.failure or layers} |"
+    last = shorten(margins.failure, _LONGEST) if margins.failure else layers
+    return f"| {record.step} | {' | '.join(map(_number, cells))} | {_cell(last)} |"
 
 
 def _step_row(record: StepRecord) -> str:
@@ -235,7 +236,13 @@ def _step_row(record: StepRecord) -> str:
     largest = f"`{max(norms, key=lambda name: norms[name])}`" if norms else ""
     listed = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
     cells = (record.lr, record.loss, _norm(record) if norms else None)
-    return f"| {record.step} | {' | '.join(map(_number, cells))} | {largest} | {listed} |"
+    numbers = " | ".join(map(_number, cells))
+    return f"| {record.step} | {numbers} | {_cell(largest)} | {_cell(listed)} |"
+
+
+def _cell(text: str) -> str:
+    """Return text that cannot end a cell or a row."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _norm(step: StepRecord) -> float:

@@ -68,6 +68,9 @@ def write_run(
     target = folder if out is None else Path(out)
     if target.is_dir():
         target = target / "report.html"
+    target = target.resolve()  # a link stays, and its target is written
+    if os.path.lexists(target) and not target.is_file():
+        raise ValueError(f"out={target}: expected a file or a folder, and it is neither")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"out={target}: its folder does not exist")
     handle, partial = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)

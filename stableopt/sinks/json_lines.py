@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -28,7 +29,8 @@ class JSONLinesSink:
     and the next record starts on a new line.
 
     Args:
-        path: the file; its folder is created with the first record.
+        path: the file; its folder is created with the first record. A relative path belongs to the
+            present working directory.
 
     Raises:
         ValueError: if the path is that of a folder.
@@ -42,7 +44,7 @@ class JSONLinesSink:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the program may change its working directory
         if self.path.is_dir():
             raise ValueError(f"path={str(path)!r}: expected a file, and it is a folder")
         self._has_written = False
@@ -75,8 +77,12 @@ class JSONLinesSink:
         except FileNotFoundError:  # something removed the folder after the first record
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab", buffering=0)
+        encoded = text.encode()
+        self._has_written = False  # after an error the line may be cut short
         with file:
-            file.write(text.encode())
+            written = file.write(encoded)
+        if written != len(encoded):
+            raise OSError(errno.ENOSPC, f"only {written} of {len(encoded)} bytes were written")
         self._has_written = True
 
     def __repr__(self) -> str:

@@ -399,6 +399,24 @@ def test_the_norm_before_clipping_is_drawn() -> None:
     assert drawn([*calm[:5], 50.0, *calm[6:]]) != drawn(calm)
 
 
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_no_special_file_is_replaced(tmp_path: Path, kind: str) -> None:
+    """Catches a device or a link that becomes a regular file, as /dev/null would."""
+    write(tmp_path, margins(1))
+    out = tmp_path / "out"
+    if kind == "fifo":
+        os.mkfifo(out)
+        with pytest.raises(ValueError, match="expected a file or a folder, and it is neither"):
+            write_page(tmp_path, out)
+        assert out.is_fifo()
+    else:
+        (tmp_path / "page.html").touch()
+        out.symlink_to(tmp_path / "page.html")
+        write_page(tmp_path, out)
+        assert out.is_symlink()
+        assert "<html" in (tmp_path / "page.html").read_text()
+
+
 def test_a_notebook_shows_the_monitor() -> None:
     """Catches an error in a notebook's cell: before a measurement, after failures, with rubbish."""
     model, x, y = nn.Linear(2, 1), torch.ones(4, 2), torch.zeros(4, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,39 @@ def test_notes_are_lines_of_their_own(tmp_path: Path) -> None:
         {"step": 1, "decision": 1.0, "lr_to": None},
         {"step": 1, "note": 'raise lr: "why"\nand on'},
     ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs resource")
+def test_a_full_disk_costs_only_its_own_records(tmp_path: Path) -> None:
+    """Catches a short write that nobody notices, and the next record on the line that it cut."""
+    import resource
+
+    sink = JSONLinesSink(tmp_path / "run.jsonl")
+    sink(1, {"sharpness": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (sink.path.stat().st_size + 10, hard))
+        for step in (2, 3):
+            with pytest.raises(OSError, match=r"bytes were written|File too large"):
+                sink(step, {"sharpness": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, former)
+    sink(4, {"sharpness": 1.0})
+    whole = [line for line in sink.path.read_text().splitlines() if line.endswith("}")]
+    assert [json.loads(line)["step"] for line in whole] == [1, 4]
+
+
+def test_a_relative_path_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches two halves of a run in two folders, after a change of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    sink = JSONLinesSink("logs/run.jsonl")
+    sink(1, {"sharpness": 1.0})
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    sink(2, {"sharpness": 1.0})
+    assert [line["step"] for line in lines(tmp_path / "logs" / "run.jsonl")] == [1, 2]
+    assert not (tmp_path / "sub" / "logs").exists()
