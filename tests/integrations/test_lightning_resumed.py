@@ -97,6 +97,16 @@ def test_a_checkpoint_from_before_the_callback(tmp_path: Path) -> None:
     assert list(logged(trainer, "stability/sharpness")) == [6, 8, 10]
 
 
+def test_a_used_callback_continues_no_other_run(tmp_path: Path) -> None:
+    """Catches history and steps of an earlier training in a run whose checkpoint has no state."""
+    trainer, _ = fitted(tmp_path / "a", [], epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    callback = StabilityCallback(probe_set(), every=2)
+    fitted(tmp_path / "b", [callback], epochs=3)
+    fitted(tmp_path / "c", [callback], ckpt_path=tmp_path / "a.ckpt", epochs=2)
+    assert [m.step for m in callback.history] == [6, 8, 10]
+
+
 def test_fit_called_twice(tmp_path: Path) -> None:
     """Catches a second fit that measures the first fit's optimizer, or counts steps from zero."""
     callback = StabilityCallback(probe_set(), every=2)

@@ -143,6 +143,22 @@ def test_a_checkpoint_from_before_the_callback(tmp_path: Path) -> None:
     assert [m.step for m in callback.history] == [6, 9, 12]
 
 
+def test_margins_go_to_the_trainer_that_trains(tmp_path: Path) -> None:
+    """Catches margins of a trainer in the log of the one to which the callback was attached last."""
+    callback = StabilityCallback(batch(), every=2)
+    first, second = (trainer_in(tmp_path / name, [callback], max_steps=4) for name in "ab")
+    for trainer, other in ((second, first), (first, second)):
+        before = len(other.state.log_history)
+        trainer.train()
+        assert [
+            log["step"] for log in trainer.state.log_history if "stability/sharpness" in log
+        ] == [
+            2,
+            4,
+        ]
+        assert len(other.state.log_history) == before
+
+
 def test_trained_twice(tmp_path: Path) -> None:
     """Catches a second training with two active monitors, or with steps counted from the first."""
     callback = StabilityCallback(batch(8), every=4)
