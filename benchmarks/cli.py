@@ -104,7 +104,7 @@ def run(
     all_names = "all" in names
     for name in names:
         if name != "all":
-            experiment_class(name)  # raises for an unknown one, also beside "all"
+            experiment_class(name)  # raises for an unknown one, also next to "all"
     if ensemble < 0:
         raise ValueError(f"--ensemble {ensemble}: expected at least 0")
     if seeds is not None and not seeds.strip():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.recorder.alarms import BLOCK, Alarm, AlarmRules
 from stableopt.recorder.evidence import (
@@ -19,7 +21,7 @@ from stableopt.recorder.evidence import (
     StepRecord,
     first_level,
 )
-from stableopt.recorder.layers import layers_by_group, weight_gains
+from stableopt.stability.layers.blocks import layer_of
 from stableopt.stability.measure.margins import StabilityMargins
 
 __all__ = ["EvidenceLog", "Found"]
@@ -50,7 +52,7 @@ class EvidenceLog:
         self._measured: deque[MeasuredRecord] = deque(maxlen=window)
         self._first_losses: list[float] = []
         self._first_probe: float | None = None
-        self._first_gains: Mapping[str, float] = weight_gains(monitor.problem)
+        self._first_gains: Mapping[str, float] = _weight_gains(monitor.problem)
         self._unchecked = 0  # steps that the rules have not seen
         self._early: Found | None = None
         self.quiet_until = 0
@@ -64,7 +66,7 @@ class EvidenceLog:
             list(self._measured),
             first_level(self._first_losses, self._first_probe),
             self._first_gains,
-            layers_by_group(problem, self._monitor.optimizers),
+            _layers_by_group(problem, self._monitor.optimizers),
             max((torch.finfo(p.dtype).eps for p in problem.params), default=0.0),
             tuple(self._first_losses),
         )
@@ -131,3 +133,34 @@ class EvidenceLog:
         self._first_probe = None if self._first_losses else evidence.first_loss
         self._first_gains = dict(evidence.first_gains)
         self._early, self._unchecked, self.quiet_until = early, unchecked, quiet_until
+
+
+def _layers_by_group(
+    problem: MeanLoss, optimizers: Iterable[torch.optim.Optimizer]
+) -> list[list[str]]:
+    """Return the layers of each parameter group of ``optimizers``."""
+    layers = {id(p): layer_of(n) for n, p in zip(problem.names, problem.params, strict=True)}
+    return [
+        list(dict.fromkeys(layers[id(p)] for p in group["params"] if id(p) in layers))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+
+
+def _weight_gains(problem: MeanLoss) -> dict[str, float]:
+    """Return the root mean square of each weight matrix times the root of its active inputs."""
+    modules = list(problem.model.modules())
+    embeddings = {id(m.weight) for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    embeddings -= {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
+    named = [(n, p) for n, p in zip(problem.names, problem.params, strict=True) if p.dim() > 1]
+    if not named or problem.sharded:
+        return {}
+    with torch.no_grad():
+        gains = [
+            p.detach().float().square().sum() / (p.numel() if id(p) in embeddings else p.shape[0])
+            for _, p in named
+        ]
+    return {
+        layer_of(name): gain**0.5
+        for (name, _), gain in zip(named, torch.stack(gains).tolist(), strict=True)
+    }

@@ -119,7 +119,7 @@ def test_notes_are_lines_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource")
 def test_a_full_disk_costs_only_its_own_records(tmp_path: Path) -> None:
-    """Catches a short write that nobody notices, and the next record on the line that it cut."""
+    """Catches a short write without an error, and the next record on the line that it cut."""
     import resource
 
     sink = JSONLinesSink(tmp_path / "run.jsonl")

@@ -274,7 +274,7 @@ class _Ascent:
     def ascend(self, point: Tensor) -> _AscentEnd:
         """Ascend from ``point`` until the gain is small."""
         image, value = self._product_and_form(point)
-        # Where no curvature is positive, the values tend to zero, and are no scale for gains.
+        # Where no curvature is positive, the values tend to zero, so gains need another scale.
         largest, is_vertex, converged = abs(value), True, False
         for _ in range(1, self._max_iter):
             vertex, _ = self._ball.oracle(image)
