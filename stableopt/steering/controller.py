@@ -32,7 +32,7 @@ STATE_KEYS = (
     *("scheduler", "batch_size", "target", "batch_law", "verdict", "settled", "seen"),
     "decisions",
 )
-"""The entries of a state."""
+"""The entries of a state. "verdict" and "seen" keep their names for older checkpoints."""
 
 
 @dataclass(frozen=True)

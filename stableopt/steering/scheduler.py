@@ -33,7 +33,7 @@ STATE_KEYS = (
     *("last_epoch", "base_lrs", "last_lr", "step_count"),
     *("seen", "restored", "kicked", "law", "bounds", "target", "decisions"),
 )
-"""The entries of a state."""
+"""The entries of a state. "seen" and "kicked" keep their names for older checkpoints."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ pytestmark = TRAINERS_OWN_WARNINGS
 def test_the_run_is_the_run_without_it(tmp_path: Path, accumulate: int) -> None:
     """Catches a callback that draws random numbers, changes a mode, or loses a loss."""
     ends = []
-    callback = StabilityCallback(batch(8), every=3, quantities=("sharpness", "batch_sharpness"))
+    quantities = ("sharpness", "batch_sharpness")
+    callback = StabilityCallback(batch(8), every=3, quantities=quantities, dataset_size=16)
     for name, callbacks in (("with", [callback]), ("without", [])):
         trainer = trainer_in(
             tmp_path / name, callbacks, gradient_accumulation_steps=accumulate, max_steps=8

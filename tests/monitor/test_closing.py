@@ -41,7 +41,8 @@ class Training:
     def track(self) -> StabilityMonitor:
         quantities = ("sharpness", "non_uniformity")
         data = (self.x, self.y)
-        return self.optimizer.track(self.model, LOSS, data, every=2, quantities=quantities)
+        options = {"quantities": quantities, "dataset_size": len(data[0])}
+        return self.optimizer.track(self.model, LOSS, data, every=2, **options)
 
     def step(self, report: Callable[[Tensor], None] | None = None) -> None:
         self.optimizer.zero_grad()

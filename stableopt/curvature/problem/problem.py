@@ -198,7 +198,7 @@ class Problem(DifferentiableLoss):
         means = weighted_means_in(evaluating(survey.batch))
         chunks = (chunk for chunk, _ in self.chunks())
         if isinstance(self._weights, GivenWeights):
-            self._totals, self._weights = WeightTotals.of_given(self._weights, chunks)
+            self._totals = WeightTotals.of_given(self._weights, chunks)
         else:
             in_model = 0
             if means and self.loss_fn is not None:

@@ -136,7 +136,7 @@ class ShardedProblem(MeanLoss):
             next(self.chunks())
             if isinstance(self._weights, GivenWeights):
                 chunks = (chunk for chunk, _ in self.chunks())
-                self._totals, self._weights = WeightTotals.of_given(self._weights, chunks)
+                self._totals = WeightTotals.of_given(self._weights, chunks)
 
     def _check_together(self) -> None:
         """Check that the loss is a mean, and compare the gradients with the slope of the loss."""

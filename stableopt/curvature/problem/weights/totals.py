@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -81,12 +81,16 @@ class WeightTotals:
             different numbers of means, so that their weights cannot be matched.
         equal: whether all samples have the same weight.
         in_model: how many of the means the model takes before ``loss_fn``.
+        has_zero: whether the user gave a sample the weight zero.
+        weighted: a sample with a weight that the user gave, for each :func:`form_of`.
     """
 
     num_samples: int
     sums: tuple[float, ...] | None
     equal: bool
     in_model: int = 0
+    has_zero: bool = False
+    weighted: Mapping[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of_loss(
@@ -130,29 +134,24 @@ class WeightTotals:
         return cls(n, tuple(map(sum, zip(*rows, strict=True))), False, in_model)
 
     @classmethod
-    def of_given(
-        cls, weights: GivenWeights, chunks: Iterable[Any]
-    ) -> tuple[WeightTotals, GivenWeights]:
+    def of_given(cls, weights: GivenWeights, chunks: Iterable[Any]) -> WeightTotals:
         """Return the totals of the user's weights, which are attached to ``chunks``.
-
-        Also return the weights, with ``stand_ins`` if a sample has weight zero.
 
         Raises:
             ValueError: if the number of weights is not that of the samples.
         """
         n, total = 0, 0.0
-        has_zero, heaviest = False, dict[Any, Any]()
+        has_zero, weighted = False, dict[Any, Any]()
         for batch in chunks:
             n, total = n + len(batch.weight), total + float(batch.weight.sum())
             has_zero = has_zero or bool((batch.weight == 0).any())
-            if form_of(batch) not in heaviest and float(batch.weight.max()) > 0:
+            if form_of(batch) not in weighted and float(batch.weight.max()) > 0:
                 index = int(batch.weight.argmax())
-                sample = map_tensors(Tensor.clone, cut(batch, index, index + 1))
-                heaviest[form_of(batch)] = sample
+                # A copy on the CPU, since other ranks get it.
+                sample = map_tensors(lambda t: t.to("cpu", copy=True), cut(batch, index, index + 1))
+                weighted[form_of(batch)] = sample
         weights.check_number(n)
-        if has_zero:
-            weights = dataclasses.replace(weights, stand_ins=heaviest)
-        return cls(n, (total,), False), weights
+        return cls(n, (total,), False, has_zero=has_zero, weighted=weighted)
 
 
 def weights_of(
@@ -181,7 +180,11 @@ def weights_of(
             " with positive weight, and a positive sample_weight"
         )
     if isinstance(given, GivenWeights):
-        return dataclasses.replace(given, average=means[0])
+        stand_ins: dict[Any, Any] = {}
+        if any(rank.has_zero for rank in totals):
+            for rank in reversed(totals):
+                stand_ins |= rank.weighted
+        return dataclasses.replace(given, average=means[0], stand_ins=stand_ins)
     equal_averages = all(
         abs(weight_sum / rank.num_samples - mean) <= _ROUNDING * mean
         for rank in totals
