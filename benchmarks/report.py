@@ -45,9 +45,11 @@ def _opening(results: Path) -> Iterator[str]:
         shows = experiment(name).shows
         if shows == BEYOND:
             continue
-        # The dict keeps the last, largest preset of each data set. Digits are not in the paper.
+        # The dict keeps the largest preset with claims of each data set. Digits are not in the paper.
         folders = {
-            data: folder for _, data, folder in _published(results, name) if data != "digits"
+            data: folder
+            for _, data, folder in _published(results, name)
+            if data != "digits" and claims_in(folder)
         }
         for data, folder in folders.items():
             first = f"[{shows}](#{name}), {data}"

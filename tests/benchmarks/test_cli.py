@@ -233,7 +233,10 @@ def test_the_report_holds_every_claim(
 
 
 def test_the_report_opens_with_what_is_printed_on_the_papers_data(tmp_path: Path) -> None:
-    """Catches results on digits, claims of theory, or a smaller preset among the paper's numbers."""
+    """Catches results on digits, claims of theory, or a smaller preset among the paper's numbers.
+
+    A larger preset without claims, such as one of three runs, replaces no smaller one.
+    """
     texts = {
         "small/digits": "digits",
         "small/fashion-mnist": "few",
@@ -250,6 +253,10 @@ def test_the_report_opens_with_what_is_printed_on_the_papers_data(tmp_path: Path
             for what, printed, held in claims
         ]
         (folder / "claims.json").write_text(json.dumps(content))
+    silent = tmp_path / "paper" / "cifar10-2" / "gd-sharpness"
+    silent.mkdir(parents=True)
+    (silent / "about.json").write_text(json.dumps(ABOUT))
+    (silent / "claims.json").write_text("[]")
     opening = report.report(tmp_path, "results").partition("All experiments")[0]
     lines = [line for line in opening.splitlines() if line.startswith("|")]
     assert lines[2:] == [
