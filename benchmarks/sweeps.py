@@ -24,9 +24,12 @@ def remember(experiment: Experiment, preset: str, store: Store) -> bool:
     sweeps.mkdir(parents=True, exist_ok=True)
     path = sweeps / f"{preset}-{experiment.data}-{experiment.name}.json"
     sweep = {"experiment": experiment.name, "preset": preset, "settings": experiment.settings}
-    replaces = path.exists() and read_json(path) != json.loads(json.dumps(sweep))
+    try:
+        former = read_json(path)
+    except (FileNotFoundError, ValueError):  # none, or one that `remembered` skips
+        former = None
     write_json(path, sweep)
-    return replaces
+    return former not in (None, json.loads(json.dumps(sweep)))
 
 
 def remembered(

@@ -98,7 +98,7 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         self._index = optimizer
         self._state: dict[str, Any] = {}
         self._has_loaded = False
-        self._trainer: Callable[[], Any] = _nobody  # the trainer of the last training
+        self._trainer: Callable[[], Any] = _no_trainer  # the trainer of the last training
         self._published: StabilityMargins | None = None
         self._has_started = False
 
@@ -266,7 +266,7 @@ def _mute(pl_module: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
-def _nobody() -> None:
+def _no_trainer() -> None:
     return None
 
 

@@ -68,7 +68,8 @@ def write_run(
     target = folder if out is None else Path(out)
     if target.is_dir():
         target = target / "report.html"
-    target = target.resolve()  # a link stays, and its target is written
+    if target.is_symlink():  # it stays, and what it leads to is written
+        target = target.resolve()
     if os.path.lexists(target) and not target.is_file():
         raise ValueError(f"out={target}: expected a file or a folder, and it is neither")
     if not target.parent.is_dir():

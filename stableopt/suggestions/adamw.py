@@ -75,16 +75,17 @@ def without_gradient(problem: Problem, moments: Moments) -> list[str]:
     Parameters that the loss does not depend on have no curvature.
     """
     parts = zip(problem.unflatten(moments.mean), problem.unflatten(moments.variance), strict=True)
-    still = [not (mean.any() or variance.any()) for mean, variance in parts]
+    still = [i for i, (mean, variance) in enumerate(parts) if not (mean.any() or variance.any())]
+    if not still:
+        return []
     hessian, names = Hessian(problem), []
-    for index, name in enumerate(problem.names):
-        if still[index]:
-            sizes = [shape.numel() for shape in problem.shapes]
-            generator = torch.Generator(problem.device).manual_seed(index)
-            vector = torch.zeros_like(moments.mean)
-            torch.split(vector, sizes)[index].normal_(generator=generator)
-            if (hessian @ vector).any():
-                names.append(name)
+    sizes = [shape.numel() for shape in problem.shapes]
+    for index in still:
+        generator = torch.Generator(problem.device).manual_seed(index)
+        vector = torch.zeros_like(moments.mean)
+        torch.split(vector, sizes)[index].normal_(generator=generator)
+        if (hessian @ vector).any():
+            names.append(problem.names[index])
     return names
 
 

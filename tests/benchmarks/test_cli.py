@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.framework.tables import read_table, records
 from benchmarks.runner import Job, Place, Store
 from benchmarks.runner import execute as work
 from benchmarks.runner.schedule import Summary
+from benchmarks.sweeps import remember, remembered
 from benchmarks.training.minimum import Solution
 
 RUN = ("run", "gd-sharpness", "--preset", "smoke", "--set", "n=60", "--set", "target_loss=0.06")
@@ -321,3 +323,15 @@ def test_an_experiment_of_which_nothing_is_done_publishes_no_table(tmp_path: Pat
     assert {path.name for path in files} == {"claims.json", "about.json"}
     assert json.loads(files[0].read_text()) == []
     assert json.loads(files[1].read_text())["done"] == 0
+
+
+def test_a_sweep_says_if_it_replaces_other_settings(tmp_path: Path) -> None:
+    """Catches a silent replacement, and a broken file of an earlier sweep that ends the run."""
+    store, kind = Store(tmp_path), experiments.experiment("gd-sharpness")
+    first, second = (replace(kind.preset("smoke", None), seeds=seeds) for seeds in ((0,), (1,)))
+    said = [remember(each, "smoke", store) for each in (first, first, second)]
+    assert said == [False, False, True]
+    (path,) = (tmp_path / "sweeps").iterdir()
+    path.write_text('{"settings": ')
+    assert remember(first, "smoke", store) is False
+    assert [sweep for _, sweep in remembered(tmp_path, lambda *_: None)] == [first]

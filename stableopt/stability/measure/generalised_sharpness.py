@@ -162,12 +162,12 @@ def search(
     starts = whole("starts", starts, least=0)
     inner = InnerProduct.for_operator(hessian)
     first, dual = ball.oracle(ball.radii * gradient)
-    if not bool(first.any()):  # an approximate oracle maps a zero gradient to zero
-        first, _ = ball.oracle(inner.noise(gradient, seed, 0).vector)
-    if not bool(torch.isfinite(dual)):
-        raise NonFiniteError("the gradient is not finite")
-    ascent = _Ascent(hessian, ball, inner, tol, max_iter)
     (size,) = inner.on_host(dual[None]).tolist()
+    if not math.isfinite(size):
+        raise NonFiniteError("the gradient is not finite")
+    if size == 0:  # an approximate oracle maps a zero gradient to zero
+        first, _ = ball.oracle(inner.noise(gradient, seed, 0).vector)
+    ascent = _Ascent(hessian, ball, inner, tol, max_iter)
     limit = 2 * size / norm.lr if norm.lr else float("inf")
     if not norm.exact:
         end = ascent.repeat_oracle(first)

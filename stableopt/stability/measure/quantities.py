@@ -8,9 +8,7 @@ from stableopt.curvature import Hessian
 from stableopt.curvature.problem.sharded import require_samples
 from stableopt.stability.mean_square.critical_lr import critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
-from stableopt.stability.measure.batch_sharpness import (
-    batch_sharpness_limit,
-)
+from stableopt.stability.measure.batch_sharpness import batch_sharpness_limit
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.generalised_sharpness import measured_generalised_sharpness
 from stableopt.stability.measure.largest_batch_sharpness import largest_batch_sharpness
